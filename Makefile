@@ -1,0 +1,88 @@
+# `make` lists the targets. Everything is installed into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Python 3.11 is the tested one.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+# Installed first and by version: a range would choose a newer torch, with gigabytes of CUDA.
+# For a GPU, or a CPU wheel of another index: make TORCH='torch==2.13.0 --index-url URL'.
+TORCH ?= torch==2.13.0
+# Of `make test`: ARGS='tests/unit -k recipe'.
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/installed
+SAMPLE := data/sample
+RUN := runs/tiny
+CODE := megamoe launch model_configs data_prep kernels tests
+TOKENIZE := $(BIN)/megamoe data tokenize --tokenizer data/tokenizer -o $(SAMPLE).partial --heldout 0.03 --fim
+
+.PHONY: help setup train data test test-gpu check lint types imports format plans clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## create .venv and install everything
+
+train: $(READY) $(SAMPLE)/manifest.json ## train a small VAETKI through its three stages, here, in minutes
+	@if tail -n 1 $(RUN)/events.jsonl 2>/dev/null | grep -q '"run_done"'; then \
+	  echo '$(RUN) is finished; to train it anew: rm -r $(RUN) && make train'; \
+	fi
+	@if [ -f $(RUN)/plan.json ]; then \
+	  $(BIN)/megamoe run $(RUN); \
+	else \
+	  $(BIN)/megamoe run vaetki_7b_a1b --scale tiny --nproc 2 --run-dir $(RUN) \
+	    --set general.layout.ep=2 --set long_context.layout.pp=2; \
+	fi
+
+data: $(SAMPLE)/manifest.json ## tokenise the sample corpus into data/sample
+
+test: $(READY) ## run the test suite; ARGS='tests/unit -k recipe' for a part of it
+	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(READY) ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: lint types imports test ## everything CI checks
+
+lint: $(READY) ## formatting, lint, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell $(CODE) docs *.md setup.py
+
+types: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+imports: $(READY) ## who may import whom
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-cache --no-logo
+
+format: $(READY) ## format, and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+plans: $(READY) ## renew the golden plans and the README's table of recipes
+	$(BIN)/python -m tests.unit.test_plan_golden
+	$(BIN)/python -m tests.unit.test_repository
+
+clean: ## remove caches; .venv, data and runs stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): setup.py pyproject.toml
+	@echo "installing into .venv with $(PYTHON); the first time takes minutes"
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# Made beside its place and moved there whole.
+$(SAMPLE)/manifest.json: | $(READY)
+	rm -rf data/text data/tokenizer $(SAMPLE) $(SAMPLE).partial
+	$(BIN)/megamoe data sample data/text
+	$(BIN)/megamoe data tokenizer train --algorithm sentencepiece-bpe --vocab-size 4096 -o data/tokenizer data/text
+	$(TOKENIZE) --source korean data/text/korean.jsonl.zst
+	$(TOKENIZE) --source english data/text/english.jsonl.zst
+	$(TOKENIZE) --source code --code data/text/code.jsonl.zst
+	mv $(SAMPLE).partial $(SAMPLE)
