@@ -1,0 +1,28 @@
+"""How a stage is spread over ranks. Data parallelism takes the ranks that are left."""
+
+from dataclasses import dataclass
+
+from megamoe.recipe.check import Checked, FieldError, PositiveInt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout(Checked):
+    """Sizes of the axes of the rank grid.
+
+    `ep` and `etp` (expert and expert-tensor parallel) fold over tp x cp x dp; `vpp` is the number
+    of model chunks per pipeline rank (interleaved schedule). With tp > 1 activations between
+    layers are sequence parallel.
+    """
+
+    tp: PositiveInt
+    pp: PositiveInt
+    vpp: PositiveInt
+    cp: PositiveInt
+    ep: PositiveInt
+    etp: PositiveInt
+    micro_batch: PositiveInt  # sequences per rank and micro-batch
+
+    def check(self) -> None:
+        """Interleaving needs pipeline stages to interleave."""
+        if self.vpp > 1 and self.pp == 1:
+            raise FieldError("vpp", f"{self.vpp} needs pp above 1; give vpp=1 or a larger pp")

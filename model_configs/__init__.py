@@ -1,0 +1,1 @@
+"""One published model a file, its whole curriculum in it."""
