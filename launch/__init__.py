@@ -1,0 +1,1 @@
+"""From plan to running job: run folders, locks, local processes. Needs no torch."""

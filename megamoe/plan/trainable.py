@@ -1,0 +1,57 @@
+"""What a plan may ask that no engine does yet. Such a plan can be made and read, but not run."""
+
+from collections.abc import Iterator
+
+from megamoe.errors import PlanError
+from megamoe.plan.plan import Plan, Segment
+from megamoe.recipe.model import MLA, Model
+from megamoe.recipe.optim import AdamW
+from megamoe.recipe.precision import Bf16, Fp32
+
+_ADAMW = "AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)"
+
+
+def check_trainable(plan: Plan) -> None:
+    """Raise PlanError, naming what to change, unless every part of the plan has an engine."""
+    for problem in _problems(plan):
+        raise PlanError(f"{plan.recipe}: {problem}")
+
+
+def _problems(plan: Plan) -> Iterator[str]:
+    if not isinstance(plan.optimizer, AdamW):
+        name = type(plan.optimizer).__name__
+        yield f"optimizer {name} has no engine yet; give --set 'optimizer={_ADAMW}'"
+    yield from _model_problems(plan.model)
+    for segment in plan.segments:
+        yield from _segment_problems(segment)
+
+
+def _model_problems(model: Model) -> Iterator[str]:
+    for name, rope in (("local_rope", model.local_rope), ("global_rope", model.global_rope)):
+        if rope is None:
+            if isinstance(model.attention, MLA) and name[0].upper() in model.window_pattern:
+                yield f"model.{name} None has no engine yet with MLA; give a Rope(...)"
+            continue
+        if rope.yarn is not None:
+            yield f"model.{name}.yarn has no engine yet; give --set model.{name}.yarn=None"
+        wanted = isinstance(model.attention, MLA)
+        if rope.interleaved != wanted:
+            kind = type(model.attention).__name__
+            yield (
+                f"model.{name}.interleaved {rope.interleaved} has no engine yet with {kind}; "
+                f"give --set model.{name}.interleaved={wanted}"
+            )
+
+
+def _segment_problems(segment: Segment) -> Iterator[str]:
+    if not isinstance(segment.precision, (Bf16, Fp32)):
+        name = type(segment.precision).__name__
+        yield (
+            f"{segment.stage}.precision {name} has no engine yet; "
+            f"give --set '{segment.stage}.precision=Bf16()'"
+        )
+    if segment.layout.cp > 1:
+        yield (
+            f"{segment.stage}.layout.cp {segment.layout.cp} has no engine yet; "
+            f"give --set {segment.stage}.layout.cp=1"
+        )

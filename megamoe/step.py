@@ -1,0 +1,37 @@
+"""What one optimizer step measured. Every value says its unit; None means not measured here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One optimizer step, equal on all ranks unless marked as the rank's own."""
+
+    stage: str
+    segment: int
+    step: int  # optimizer steps of the whole run, this one included
+    tokens_seen: int  # input tokens of the whole run, this step included
+    step_tokens: int  # input tokens of this step
+    loss_tokens: int  # tokens of this step that the loss counts (padding excluded)
+    loss: float  # nats per loss token
+    mtp_loss: float | None  # nats per token, unweighted
+    aux_losses: tuple[tuple[str, float], ...]  # (name, coefficient times loss, mean over layers)
+    grad_norm: float  # global L2 norm before clipping
+    lr: float
+    sequences: int  # global batch size, in sequences
+    seconds: float  # wall time of the step on this rank
+    expert_load: tuple[float, ...]  # per MoE layer: busiest expert's tokens / mean tokens
+    memory_bytes: int  # peak of this rank: device memory, or resident memory on CPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """Held-out loss of one source of text."""
+
+    stage: str
+    segment: int
+    step: int
+    tokens_seen: int
+    source: str
+    loss: float  # nats per token
+    tokens: int  # tokens it was measured on

@@ -1,0 +1,140 @@
+"""Layouts that do not fit are refused with what would."""
+
+from dataclasses import replace
+
+import pytest
+
+from megamoe.errors import PlanError
+from megamoe.plan.build import Options, build_plan
+from megamoe.plan.layout import layout_text
+from megamoe.recipe import GQA, Fp8Block, Fp8Delayed, Layout
+from tests.unit.test_plan_build import CPU, GENERAL, RECIPE
+
+ONES = Layout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, micro_batch=1)
+
+
+def plan(cluster=CPU, world_size=2, model=RECIPE.model, layout=ONES, **stage_values):
+    stage = replace(GENERAL, layout=layout, **stage_values)
+    recipe = replace(RECIPE, model=model, stages=(stage,))
+    return build_plan(recipe, replace(cluster, devices_per_node=world_size), Options())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "message"),
+    [
+        (
+            24,
+            replace(ONES, tp=4, pp=4),
+            "small/general: world size 24 is not a multiple of tp 4 x pp 4 x cp 1 = 16; "
+            "use 16 or 32 processes",
+        ),
+        (
+            2,
+            replace(ONES, tp=4),
+            "small/general: world size 2 is not a multiple of tp 4 x pp 1 x cp 1 = 4; "
+            "use 4 processes",
+        ),
+        (
+            6,
+            replace(ONES, pp=2, ep=8),
+            "small/general: world size 6 is not a multiple of etp 1 x ep 8 x pp 2 = 16; "
+            "use 16 processes",
+        ),
+        (
+            36,
+            replace(ONES, tp=3, ep=8),
+            "small/general: world size 36 is not a multiple of etp 1 x ep 8 x pp 1 = 8; "
+            "use 24 or 48 processes",
+        ),
+    ],
+)
+def test_ranks_that_do_not_fill_the_grid(world_size, layout, message):
+    with pytest.raises(PlanError) as caught:
+        plan(world_size=world_size, layout=layout)
+    assert str(caught.value) == message
+
+
+def test_gpus_are_called_gpus():
+    with pytest.raises(PlanError, match="use 4 GPUs"):
+        plan(cluster=replace(CPU, device="cuda"), world_size=2, layout=replace(ONES, tp=4))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (replace(ONES, tp=8), "model.attention.num_heads 4 is not a multiple of tp 8; use tp 4"),
+        (
+            replace(ONES, etp=64),
+            "model.experts.ffn_dim 32 is not a multiple of etp 64; use etp 32",
+        ),
+        (replace(ONES, pp=3), "num_layers 4 is not a multiple of pp 3 x vpp 1 = 3; use pp x vpp"),
+    ],
+)
+def test_model_sizes_that_an_axis_does_not_divide(layout, message):
+    with pytest.raises(PlanError) as caught:
+        plan(world_size=192, layout=layout)
+    assert message in str(caught.value)
+
+
+def test_key_value_heads_are_split_or_repeated_evenly():
+    attention = GQA(num_heads=12, num_kv_heads=4, head_dim=16, qk_norm=False)
+    model = replace(RECIPE.model, attention=attention, vocab_size=600, dense_ffn_dim=120)
+    model = replace(model, experts=replace(model.experts, num_shared=0))
+    with pytest.raises(
+        PlanError, match="num_kv_heads 4 is neither a multiple nor a divisor of tp 6"
+    ):
+        plan(world_size=6, model=model, layout=replace(ONES, tp=6), seq_len=60)
+
+
+@pytest.mark.parametrize(
+    ("layout", "seq_len", "message"),
+    [
+        (replace(ONES, tp=4), 63, "seq_len 63 is not a multiple of tp 4; use 60 or 64 tokens"),
+        (
+            replace(ONES, cp=4),
+            63,
+            "is not a multiple of cp 4 x tp 1 and of 2 x cp 4: 8; use 56 or 64",
+        ),
+        (replace(ONES, cp=4, tp=4), 24, "cp 4 x tp 4 and of 2 x cp 4: 16; use 16 or 32 tokens"),
+    ],
+)
+def test_sequences_that_cannot_be_split(layout, seq_len, message):
+    with pytest.raises(PlanError) as caught:
+        plan(world_size=16, layout=layout, seq_len=seq_len)
+    assert message in str(caught.value)
+
+
+def test_every_batch_of_the_ramp_must_be_whole_micro_batches():
+    with pytest.raises(PlanError) as caught:
+        plan(world_size=4, layout=replace(ONES, micro_batch=2), batch_ramp=((0, 8), (9_000, 1_030)))
+    assert "batch_ramp entry (9,000, 1,030): 1,030 sequences" in str(caught.value)
+    assert "micro_batch 2 x dp 4 = 8; use 1,024 or 1,032 sequences" in str(caught.value)
+
+
+def test_an_interleaved_pipeline_wants_rounds_of_pp_micro_batches():
+    layout = replace(ONES, pp=2, vpp=2)
+    assert plan(world_size=4, layout=layout, batch_ramp=((0, 8),)).segments[0].dp == 2
+    with pytest.raises(PlanError, match=r"x dp 2 x pp 2 \(interleaved\) = 4; use 4 or 8 sequences"):
+        plan(world_size=4, layout=layout, batch_ramp=((0, 6),))
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Fp8Block(bf16_first_layers=1, bf16_last_layers=1),
+        Fp8Delayed(amax_history=1, bf16_first_layers=1, bf16_last_layers=1),
+    ],
+)
+def test_fp8_is_refused_where_there_is_no_gpu(precision):
+    with pytest.raises(PlanError, match=r"use --scale tiny or --set 'general.precision=Bf16\(\)'"):
+        plan(precision=precision)
+    on_gpu = plan(cluster=replace(CPU, device="cuda"), precision=precision)
+    assert on_gpu.segments[0].precision == precision
+
+
+def test_a_layout_reads_as_its_used_axes():
+    assert layout_text(plan().segments[0]) == "dp2"
+    assert (
+        layout_text(plan(world_size=8, layout=replace(ONES, tp=4, ep=8)).segments[0])
+        == "dp2 tp4 ep8"
+    )
