@@ -1,0 +1,1 @@
+"""Text in, tokenised shards out: `megamoe data ...`; see docs/data.md."""
