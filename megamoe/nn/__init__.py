@@ -1,0 +1,1 @@
+"""Layers that Megatron-core lacks, as plain PyTorch."""
