@@ -1,0 +1,151 @@
+"""Training and held-out text, read by Megatron-core's indexed and blended datasets.
+
+Shapes: B sequences of a micro-batch, S sequence.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from megamoe.errors import DataError
+from megamoe.plan.plan import Data, Plan, Segment, Shard
+
+Batch = dict[str, Tensor]  # tokens, labels, loss_mask, position_ids: [B, S]
+
+
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """What Megatron-core's dataset asks of a tokenizer."""
+
+    vocab_size: int
+    eod: int
+    pad: int
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        """Identify the tokenizer in the name of the index cache."""
+        return {"vocab_size": self.vocab_size, "eod": self.eod, "pad": self.pad}
+
+
+class TrainingText:
+    """The samples of one segment, in the order every layout sees them."""
+
+    def __init__(self, plan: Plan, segment: Segment, cache: Path) -> None:
+        """Build or open the sample index; the first rank writes it to `cache`.
+
+        Raises:
+            DataError: a shard is missing, or is not the one the plan was made with.
+        """
+        assert plan.data is not None, "a plan without data cannot be trained"
+        folder = Path(plan.data.folder)
+        for source in segment.sources:
+            check_shard(folder, source.shard)
+        prefixes = [str(folder / source.shard.prefix) for source in segment.sources]
+        weights = [source.weight for source in segment.sources]
+        config = GPTDatasetConfig(
+            random_seed=plan.seed + segment.index,
+            sequence_length=segment.seq_len,
+            blend_per_split=[(prefixes, weights), None, None],
+            path_to_cache=str(cache),
+            tokenizer=_Vocabulary(plan.data.vocab_size, plan.data.eod_id, plan.data.pad_id),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        num_samples = segment.tokens // segment.seq_len
+        builder = BlendedMegatronDatasetBuilder(
+            GPTDataset, [num_samples, None, None], lambda: True, config
+        )
+        self.samples = builder.build()[0]
+        self.sources = [source.name for source in segment.sources]
+        self.seq_len = segment.seq_len
+
+    def tokens_drawn(self, sequences: int) -> tuple[tuple[str, int], ...]:
+        """Return how many tokens the first `sequences` samples took from each source."""
+        if len(self.sources) == 1:
+            counts = [sequences]
+        else:
+            drawn = self.samples.dataset_index[:sequences]
+            counts = numpy.bincount(drawn, minlength=len(self.sources)).tolist()
+        return tuple(
+            (source, count * self.seq_len)
+            for source, count in zip(self.sources, counts, strict=True)
+        )
+
+    def micro_batches(self, start: int, sequences: int, micro_batch: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of the global batch of `sequences` that begins at `start`."""
+        rank = parallel_state.get_data_parallel_rank()
+        share = sequences // parallel_state.get_data_parallel_world_size()
+        first = start + rank * share
+        for index in range(first, first + share, micro_batch):
+            yield _batch([self.samples[i] for i in range(index, index + micro_batch)])
+
+
+class HeldoutText:
+    """Held-out text of one source, cut into windows; the last is padded and masked."""
+
+    def __init__(self, data: Data, shard: Shard, seq_len: int, tokens: int) -> None:
+        """Read at most `tokens` tokens of the shard."""
+        check_shard(Path(data.folder), shard)
+        dataset = IndexedDataset(str(Path(data.folder) / shard.prefix))
+        count, documents = 0, []
+        for document in range(len(dataset)):
+            if count > tokens:
+                break
+            documents.append(dataset[document])
+            count += len(documents[-1])
+        self.text = numpy.concatenate(documents).astype(numpy.int64)[: tokens + 1]
+        self.seq_len = seq_len
+        self.pad_id = data.pad_id
+        self.num_windows = -(-(len(self.text) - 1) // seq_len)
+
+    def micro_batches(self, count: int, micro_batch: int) -> Iterator[Batch]:
+        """Yield `count` micro-batches of this rank; windows beyond the text count no token."""
+        rank = parallel_state.get_data_parallel_rank()
+        world = parallel_state.get_data_parallel_world_size()
+        for step in range(count):
+            first = (step * world + rank) * micro_batch
+            yield _batch([self._window(i) for i in range(first, first + micro_batch)])
+
+    def _window(self, index: int) -> dict[str, Tensor]:
+        text = self.text[index * self.seq_len : (index + 1) * self.seq_len + 1]
+        real = max(len(text) - 1, 0)
+        padded = numpy.full(self.seq_len + 1, self.pad_id, dtype=numpy.int64)
+        padded[: len(text)] = text
+        mask = torch.zeros(self.seq_len)
+        mask[:real] = 1
+        tokens = torch.from_numpy(padded)
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(self.seq_len),
+        }
+
+
+def check_shard(folder: Path, shard: Shard) -> None:
+    """Raise DataError unless both files of a shard are there and the index is the planned one."""
+    for suffix in (".bin", ".idx"):
+        if not (folder / f"{shard.prefix}{suffix}").is_file():
+            raise DataError(f"{folder}/{shard.prefix}{suffix} is missing; restore it or plan again")
+    index = (folder / f"{shard.prefix}.idx").read_bytes()
+    if hashlib.sha256(index).hexdigest() != shard.sha256_idx:
+        raise DataError(
+            f"{folder}/{shard.prefix}.idx changed since the plan was made; restore it or plan again"
+        )
+
+
+def _batch(samples: list[dict[str, Tensor]]) -> Batch:
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    device = torch.cuda.current_device()
+    return {name: torch.stack([sample[name] for sample in samples]).to(device) for name in names}

@@ -1,0 +1,69 @@
+"""Process groups of one segment."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megamoe.errors import LaunchError
+from megamoe.plan.plan import Plan, Segment
+
+
+def start(plan: Plan, segment: Segment) -> None:
+    """Join the process group (environment as torchrun sets it) and form the segment's groups."""
+    device = plan.cluster.device
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(torch.distributed.get_node_local_rank())
+    form(plan, segment)
+
+
+def form(plan: Plan, segment: Segment) -> None:
+    """Form the segment's groups among the processes that have joined, and settle torch.
+
+    Raises:
+        LaunchError: the number of processes is not the plan's.
+    """
+    world = torch.distributed.get_world_size()
+    if world != segment.world_size:
+        raise LaunchError(
+            f"segment {segment.index} ({segment.stage}) is planned for {segment.world_size} "
+            f"processes, {world} were started"
+        )
+    layout = segment.layout
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    settle(plan)
+
+
+def settle(plan: Plan) -> None:
+    """Seed the generators and choose deterministic kernels as the plan says."""
+    torch.use_deterministic_algorithms(plan.deterministic)
+    # Filling every new tensor with NaN costs 8 % of a step; tests/numerics does it instead.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.manual_seed(plan.seed)
+    model_parallel_cuda_manual_seed(plan.seed)
+
+
+def sharding() -> dict[str, Any]:
+    """Return what Megatron-core's sharded state dicts need to know.
+
+    'fully_reshardable' is the one form of the optimizer state that any other layout can read.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def stop() -> None:
+    """Leave all groups."""
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,144 @@
+"""Our layers as Megatron-core's modules: norms, attention with a window and positions of its own.
+
+Shapes: S sequence, B batch, D hidden, N heads, H head dim.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megamoe.nn.attention import causal_attention
+from megamoe.nn.norm import RMSNorm
+from megamoe.nn.residual import NormedResidual
+from megamoe.recipe import Rope
+
+
+class Norm(RMSNorm):
+    """RMSNorm that works under sequence parallelism.
+
+    Megatron-Core 0.16.1 transformer/torch_norm.py:26 refuses zero-centred weights and sequence
+    parallelism without Transformer Engine.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        """Create a norm over `hidden_size`; its gradient is summed over tp where tokens are."""
+        super().__init__(hidden_size, eps=eps, zero_centered=config.layernorm_zero_centered_gamma)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class OutputNormResidual(NormedResidual):
+    """residual + norm(branch), as the `bda` submodule of a Megatron-core layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Create the norm over the hidden dimension."""
+        super().__init__(Norm(config, config.hidden_size, config.layernorm_epsilon))
+
+
+class CoreAttention(nn.Module):
+    """Causal attention within a window or over everything, on torch's own kernels.
+
+    Megatron-Core 0.16.1 transformer/dot_product_attention.py takes neither the head sizes of MLA
+    (k_channels, v_channels) nor a window per layer.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        *,
+        window: int | None,
+        **_: Any,  # layer_number, attn_mask_type, ...: what other core attentions need
+    ) -> None:
+        """Take the window of this layer; the scale defaults to 1 / sqrt(head dim)."""
+        super().__init__()
+        self.window = window
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any
+    ) -> Tensor:
+        """Return [S, B, N * H]; the mask is implied by the window."""
+        assert attention_mask is None, "causal masks are implied"
+        return causal_attention(query, key, value, window=self.window, scale=self.scale)
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear map held whole by every tensor-parallel rank, applied to the rank's own tokens."""
+
+    def __init__(self, config: TransformerConfig, in_dim: int, out_dim: int) -> None:
+        """Create the weight; its gradient is summed over tp, where the tokens are spread."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return the output and no bias, as Megatron-core's linears do."""
+        return nn.functional.linear(x, self.weight), None
+
+
+class LatentAttention(MLASelfAttention):
+    """MLA whose rotary positions belong to the layer, not to the model.
+
+    The down-projections are replicated: with column-parallel ones, the only choice without
+    Transformer Engine, Megatron-Core 0.16.1 multi_latent_attention.py:612 gathers the rotary key
+    and never sums its gradient over the heads of the other tensor-parallel ranks.
+    """
+
+    def __init__(self, *args: Any, rope: Rope | None, interpolation: float, **options: Any) -> None:
+        """Replace the positions that Megatron-core makes, the same for all layers."""
+        super().__init__(*args, **options)
+        assert rope is not None, "MLA without positions is not a published model"
+        config = self.config
+        self.rotary_pos_emb = rotary(config.qk_pos_emb_head_dim, rope, interpolation, self)
+        key_dim = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config, config.hidden_size, key_dim)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = ReplicatedLinear(
+                config, config.hidden_size, config.q_lora_rank
+            )
+
+
+class GroupedAttention(SelfAttention):
+    """GQA whose rotary positions belong to the layer, or are absent."""
+
+    def __init__(self, *args: Any, rope: Rope | None, interpolation: float, **options: Any) -> None:
+        """Make the layer's own positions."""
+        super().__init__(*args, **options)
+        self.rotary = rotary(self.config.kv_channels, rope, interpolation, self) if rope else None
+
+    def forward(self, hidden_states: Tensor, attention_mask: None, **options: Any) -> Any:
+        """Rotate queries and keys by the layer's own positions."""
+        if self.rotary is not None:
+            seq_len = self.rotary.get_rotary_seq_len(
+                None, None, hidden_states, self.config, options.get("packed_seq_params")
+            )
+            options["rotary_pos_emb"] = self.rotary(seq_len)
+        return super().forward(hidden_states, attention_mask, **options)
+
+
+def rotary(dim: int, rope: Rope, interpolation: float, attention: Any) -> RotaryEmbedding:
+    """Return the rotary embedding of one layer.
+
+    Position interpolation (Chen et al. 2023) divides positions by `interpolation`.
+    """
+    cp_group = attention.pg_collection.cp
+    if rope.yarn is not None:
+        return YarnRotaryEmbedding(
+            dim,
+            rotary_base=rope.base,
+            scaling_factor=rope.yarn.factor,
+            original_max_position_embeddings=rope.yarn.original_seq_len,
+            cp_group=cp_group,
+        )
+    return RotaryEmbedding(
+        dim,
+        rotary_percent=1.0,
+        rotary_base=rope.base,
+        seq_len_interpolation_factor=interpolation if interpolation != 1 else None,
+        cp_group=cp_group,
+    )

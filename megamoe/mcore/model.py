@@ -1,0 +1,88 @@
+"""Build the model chunks of one rank, wrapped for data parallelism."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megamoe.mcore.config import transformer_config
+from megamoe.mcore.exact import float64_gradients
+from megamoe.mcore.init import initialize
+from megamoe.mcore.spec import block_spec, mtp_spec
+from megamoe.plan.plan import Plan, Segment
+
+
+def build_model(plan: Plan, segment: Segment) -> list[DistributedDataParallel]:
+    """Return the chunks of this rank (one, or vpp of them), initialised."""
+    config = transformer_config(plan, segment)
+    stages = range(segment.layout.vpp) if segment.layout.vpp > 1 else [None]
+    modules = [_chunk(config, plan, segment, vp_stage) for vp_stage in stages]
+    initialize(modules, std=plan.model.init_std, seed=plan.seed)
+    if config.bf16:
+        modules = [Float16Module(config, module) for module in modules]
+    with nullcontext() if config.bf16 else float64_gradients():
+        return [
+            _data_parallel(config, module, is_first=index == 0)
+            for index, module in enumerate(modules)
+        ]
+
+
+def unwrap(chunk: Any) -> GPTModel:
+    """Return the model inside its wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _chunk(
+    config: TransformerConfig, plan: Plan, segment: Segment, vp_stage: int | None
+) -> GPTModel:
+    is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+    is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, plan.model, segment, vp_stage),
+        vocab_size=plan.model.vocab_size,
+        max_sequence_length=segment.seq_len,
+        pre_process=is_first,
+        post_process=is_last,
+        share_embeddings_and_output_weights=plan.model.tied_embeddings,
+        position_embedding_type="none",  # positions belong to the layers
+        mtp_block_spec=mtp_spec(config, plan.model, segment) if is_last else None,
+        vp_stage=vp_stage,
+    )
+    _mark_experts(model)
+    return model.to(torch.cuda.current_device())
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Say that expert weights are reduced over their own groups.
+
+    Megatron-Core 0.16.1 tensor_parallel/layers.py:864 marks them so only with expert parallelism;
+    with ep 1 and tp above etp each rank would keep the gradient of its own tokens.
+    """
+    for module in model.modules():
+        if isinstance(module, SequentialMLP):
+            for weight in module.parameters():
+                weight.allreduce = False
+
+
+def _data_parallel(
+    config: TransformerConfig, module: nn.Module, *, is_first: bool
+) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+        ),
+        module=module,
+        disable_bucketing=not is_first,
+    )

@@ -1,0 +1,95 @@
+"""The optimizer of one segment: Megatron-core's distributed optimizer, set by the plan each step."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from megamoe.mcore.config import parameter_dtype
+from megamoe.mcore.exact import use_float64_norm
+from megamoe.plan.plan import Plan, Segment
+from megamoe.recipe import AdamW
+
+
+def build_optimizer(
+    plan: Plan, segment: Segment, chunks: list[DistributedDataParallel]
+) -> MegatronOptimizer:
+    """Return the optimizer over all model chunks of this rank."""
+    optimizer = plan.optimizer
+    assert isinstance(optimizer, AdamW), optimizer  # megamoe/plan/trainable.py
+    use_float64_norm()
+    dtype = parameter_dtype(segment)
+    built = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=segment.lr.peak,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.grad_clip,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        chunks,
+    )
+    _mend_torch_adam(built)
+    return built
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each weight of a loaded torch Adam its own step counter.
+
+    Megatron-Core 0.16.1 distrib_optimizer.py:825 puts one tensor into the state of all weights;
+    Adam then counts one step for each weight, and its bias correction is lost.
+    """
+    for inner in (part.optimizer for part in _parts(optimizer)):
+        if not _is_torch_adam(inner):
+            continue
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _mend_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Let the state of a torch Adam be saved before its first step, and loaded.
+
+    Megatron-Core 0.16.1 distrib_optimizer.py:642 reads the state's `step` where a torch Adam that
+    has made no step has none; :940 then looks for it among loaded tensors, where it never is.
+    """
+    for part in _parts(optimizer):
+        inner = part.optimizer
+        if not _is_torch_adam(inner):
+            continue
+        for group in inner.param_groups:
+            for weight in group["params"]:
+                inner.state[weight] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(weight.data),
+                    "exp_avg_sq": torch.zeros_like(weight.data),
+                }
+        part._set_main_param_and_optimizer_states = partial(_set_states, part)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _is_torch_adam(inner: Any) -> bool:
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _set_states(part: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+    group_index, group_order = part.model_param_group_index_map[model_param]
+    weight = part.optimizer.param_groups[group_index]["params"][group_order]
+    step = part.optimizer.state[weight]["step"]
+    type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})

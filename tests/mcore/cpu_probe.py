@@ -1,0 +1,129 @@
+"""Tells, as JSON, which of the patches of megamoe/mcore/cpu.py Megatron-core still needs.
+
+Run as a program. Megatron-core is imported once, unpatched; each probe is a fork of it.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+with warnings.catch_warnings():
+    # Importing Megatron-Core 0.16.1 makes torch warn about parts of its own.
+    warnings.simplefilter("ignore")
+    import torch
+    from megatron.core.tensor_parallel.mappings import all_to_all
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megamoe.mcore import cpu, groups
+    from megamoe.mcore.engine import Engine
+
+from tests.mcore import tiny
+
+
+def watched() -> dict[str, object]:
+    """Return what the patches replace in torch, by name."""
+    names = ["tensor", "zeros", "ones", "empty", "empty_like", "full", "arange"]
+    cuda = [
+        "current_device",
+        "current_stream",
+        "default_stream",
+        "Stream",
+        "Event",
+        "stream",
+        "synchronize",
+    ]
+    random = ["get_rng_state", "set_rng_state", "manual_seed"]
+    methods = ["cuda", "type", "record_stream"]
+    return {
+        **{f"torch.{name}": getattr(torch, name) for name in names},
+        **{f"torch.cuda.{name}": getattr(torch.cuda, name) for name in cuda + random},
+        **{f"torch.Tensor.{name}": getattr(torch.Tensor, name) for name in methods},
+        "all_to_all_single": torch.distributed.all_to_all_single,
+    }
+
+
+def changed_by(action: Callable[[], None]) -> list[str]:
+    """Return the names whose objects an action replaces."""
+    before = watched()
+    action()
+    return [name for name, thing in watched().items() if thing is not before[name]]
+
+
+def enable_with_cuda() -> dict[str, object]:
+    """Return what `enable` replaces where torch says there is CUDA."""
+    torch.cuda.is_available = lambda: True
+    return {"changed": changed_by(cpu.enable)}
+
+
+def enable_without_cuda() -> dict[str, object]:
+    """Return what `enable` leaves as it is here, and what a second call replaces."""
+    changed = changed_by(cpu.enable)
+    unchanged = [name for name in watched() if name not in changed]
+    return {"unchanged": unchanged, "again": changed_by(cpu.enable)}
+
+
+def leave_out(name: str | None) -> dict[str, object]:
+    """Train one step, save and exchange tokens with every patch but one; return what failed."""
+    for patch in cpu.PATCHES:
+        if patch.name != name:
+            patch.apply()
+    try:
+        _train_and_save()
+        _exchange_tokens()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": None}
+
+
+def _train_and_save() -> None:
+    folder = Path(tempfile.mkdtemp(dir=sys.argv[1]))
+    plan = tiny.tiny_plan(folder / "data")
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    groups.form(plan, plan.segments[0])
+    engine = Engine(plan, plan.segments[0], folder)
+    engine.train_step()
+    engine.save()
+    groups.stop()
+
+
+def _exchange_tokens() -> None:
+    """Send tokens to two ranks, with split sizes as the token dispatcher makes them."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    sizes = torch.tensor([1, 2], dtype=torch.int32)
+    all_to_all(torch.distributed.group.WORLD, torch.zeros(3, 4), sizes, sizes)
+    torch.distributed.destroy_process_group()
+
+
+def _in_fork(probe: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """Run a probe in a copy of this process, which its patches end with."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, json.dumps(probe()).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+def main() -> None:
+    """Write the answers of all probes to standard output."""
+    answers = {
+        "with cuda": _in_fork(enable_with_cuda),
+        "without cuda": _in_fork(enable_without_cuda),
+        "all patches": _in_fork(lambda: leave_out(None)),
+    }
+    for patch in cpu.PATCHES:
+        answers[patch.name] = _in_fork(lambda name=patch.name: leave_out(name))
+    sys.stdout.write(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

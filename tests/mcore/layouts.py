@@ -1,0 +1,134 @@
+"""Trains the same small model under many layouts, for the tests to compare.
+
+Run as a program with a folder: Megatron-core is imported once, and each rank of each layout is a
+fork of this process. Leaves in FOLDER/<model>/<layout> the checkpoint after two steps, and
+`result.json` with what the steps measured, or `error.txt`.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+with warnings.catch_warnings():
+    # Importing Megatron-Core 0.16.1 makes torch warn about parts of its own.
+    warnings.simplefilter("ignore")
+    import torch
+
+    from megamoe.mcore import cpu
+
+    cpu.enable()
+    from megamoe.mcore import groups
+    from megamoe.mcore.engine import Engine
+
+from megamoe.plan.plan import Plan
+from megamoe.recipe import AdamW, LearningRate
+from tests.mcore import tiny
+
+NUM_STEPS = 2
+TIMEOUT = timedelta(seconds=120)  # of a collective whose other ranks have died
+MODELS = {"latent": tiny.LATENT, "grouped": tiny.GROUPED, "softmax": tiny.SOFTMAX}
+ONE = "one"
+# Number of processes, data-parallel ranks, and what differs from one process.
+LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
+    ONE: (1, 1, {}),
+    "dp2": (2, 2, {}),
+    "ep2": (2, 2, {"ep": 2}),
+    "tp2": (2, 1, {"tp": 2}),
+    "tp2 etp2": (2, 1, {"tp": 2, "etp": 2}),
+    "tp2 ep2": (2, 1, {"tp": 2, "ep": 2}),
+    "pp2": (2, 1, {"pp": 2}),
+    "pp2 vpp2": (2, 1, {"pp": 2, "vpp": 2}),
+    "dp4 ep2": (4, 4, {"ep": 2}),
+    "dp2 tp2 ep2": (4, 2, {"tp": 2, "ep": 2}),
+    "dp2 pp2 ep2": (4, 2, {"pp": 2, "ep": 2}),
+}
+ONCE = {"tp2 etp2", "dp2 tp2 ep2"}  # only the experts differ, which are the same in all models
+CASES = [(m, name) for m in MODELS for name in LAYOUTS if m == "latent" or name not in ONCE]
+
+
+def plan_of(folder: Path, model: str, layout: str) -> Plan:
+    """Return the plan of one layout of one model; all layouts of a model read the same text.
+
+    Weights are as large as keeps a sum over the hidden dimension at the size of its terms, so that
+    attention and routing are far from even and every weight matters.
+    Adam divides a gradient by its size plus eps. With eps 1 an error of a gradient moves a weight by
+    at most lr times that error; with the usual 1e-8 rounding alone can turn a step around.
+    """
+    world_size, dp, axes = LAYOUTS[layout]
+    whole = MODELS[model]
+    plan = tiny.tiny_plan(
+        folder / model / "data",
+        replace(
+            whole,
+            init_std=whole.hidden_dim**-0.5,
+            experts=replace(whole.experts, num_routed=4),  # saving takes its time by weight
+        ),
+        world_size=world_size,
+        dp=dp,
+        layout=replace(tiny.LAYOUT, **axes),
+        lr=LearningRate(peak=0.5, final=None, warmup_tokens=0, decay_tokens=0, decay="linear"),
+    )
+    optimizer = AdamW(beta1=0.9, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1.0)
+    return replace(plan, optimizer=optimizer)
+
+
+def run_dir_of(folder: Path, model: str, layout: str) -> Path:
+    """Return where a layout leaves its checkpoint and results."""
+    return folder / model / layout.replace(" ", "_")
+
+
+def _train(plan: Plan, run_dir: Path, rank: int) -> None:
+    store = f"file://{run_dir}/store"
+    world_size = plan.segments[0].world_size
+    torch.distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
+    groups.form(plan, plan.segments[0])
+    engine = Engine(plan, plan.segments[0], run_dir)
+    results = [asdict(engine.train_step()) for _ in range(NUM_STEPS)]
+    engine.save()
+    if rank == 0:
+        (run_dir / "result.json").write_text(json.dumps(results))
+    groups.stop()
+
+
+def _fork_rank(plan: Plan, run_dir: Path, rank: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 0
+    try:
+        _train(plan, run_dir, rank)
+    except BaseException:
+        (run_dir / "error.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
+        status = 1
+    os._exit(status)
+
+
+def _run(plan: Plan, run_dir: Path) -> None:
+    """Train on as many forks as the plan has ranks; when one fails, end the others."""
+    run_dir.mkdir(parents=True)
+    running = {_fork_rank(plan, run_dir, rank) for rank in range(plan.segments[0].world_size)}
+    while running:
+        child, status = os.wait()
+        running.discard(child)
+        if status:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run every layout of every model, one after the other."""
+    folder = Path(sys.argv[1])
+    for model, layout in CASES:
+        _run(plan_of(folder, model, layout), run_dir_of(folder, model, layout))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Each patch that lets Megatron-core run without CUDA is still needed, and touches nothing with it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import megatron.core
+import pytest
+
+from megamoe.mcore import cpu
+
+MEGATRON = Path(megatron.core.__path__[0])
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the probes found, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("probe")
+    command = [sys.executable, "-m", "tests.mcore.cpu_probe", str(folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nothing_is_touched_where_there_is_cuda(answers):
+    assert answers["with cuda"] == {"changed": []}
+
+
+def test_without_cuda_every_name_is_replaced_once(answers):
+    assert answers["without cuda"] == {"unchanged": [], "again": []}
+
+
+def test_with_all_patches_a_model_trains_and_saves(answers):
+    assert answers["all patches"] == {"error": None}
+
+
+@pytest.mark.parametrize("name", [patch.name for patch in cpu.PATCHES])
+def test_without_one_patch_megatron_fails(answers, name):
+    assert answers[name]["error"] is not None, f"patch {name} is no longer needed: delete it"
+
+
+@pytest.mark.parametrize("patch", cpu.PATCHES, ids=lambda patch: patch.name)
+def test_the_line_that_asks_for_a_patch_still_stands(patch):
+    file, code = patch.needed_by.split(": ", 1)
+    assert code in (MEGATRON / file).read_text(), f"{patch.name}: {file} no longer has {code!r}"

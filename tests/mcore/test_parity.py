@@ -1,0 +1,149 @@
+"""Every layout trains the same model: losses, gradients, and what its checkpoint holds."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megamoe.mcore import checkpoint
+from megamoe.mcore.engine import Engine
+from tests.mcore.layouts import CASES, MODELS, ONE, plan_of, run_dir_of
+from tests.mcore.world import adam_states, world_of_one
+
+REPOSITORY = Path(__file__).parents[2]
+OTHERS = [(model, layout) for model, layout in CASES if layout != ONE]
+
+# Layouts differ in the order of float32 sums: heads and MLP rows over tp, experts and layers over
+# the others; sums over tokens are float64. On the longest way from a token to its loss are some
+# 1,800 additions (`roundings` in test_model.py). Their roundings, 2^-24 each, are a random walk:
+# within 4 standard deviations, 4 * sqrt(1800) * 2^-24 = 1e-5 for a token, and a mean over 128 tokens
+# divides that by sqrt(128).
+LOSS = 1e-6
+# A gradient has passed three times as many: 4 * sqrt(3 * 1800) * 2^-24.
+GRADIENT = 2e-5
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a checkpoint holds, read back on one process."""
+
+    adam: dict[str, dict[str, Tensor]]
+    buffers: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where every layout of every model has left its results."""
+    folder = tmp_path_factory.mktemp("layouts")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.mcore.layouts", str(folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def states(folder, tmp_path_factory):
+    """A function that loads the checkpoint of any layout into one process, once."""
+    place = tmp_path_factory.mktemp("states")
+
+    @cache
+    def load(model: str, layout: str) -> State:
+        results_of(folder, model, layout)
+        plan = plan_of(folder, model, ONE)
+        latest = checkpoint.latest(run_dir_of(folder, model, layout) / "checkpoints")
+        with world_of_one(plan):
+            engine = Engine(plan, plan.segments[0], place / "empty")
+            checkpoint.load(latest, engine.chunks, engine.optimizer, same_layout=False)
+            return State(adam_states(engine), dict(engine.chunks[0].named_buffers()))
+
+    return load
+
+
+def results_of(folder: Path, model: str, layout: str) -> list[dict]:
+    """Return what each step of a layout measured."""
+    run_dir = run_dir_of(folder, model, layout)
+    if (run_dir / "error.txt").exists():
+        pytest.fail((run_dir / "error.txt").read_text())
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def relative(actual: float, expected: float) -> float:
+    return abs(actual - expected) / abs(expected)
+
+
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two weights' states."""
+    return float((actual.detach() - expected.detach()).abs().max())
+
+
+@pytest.mark.parametrize(("model", "layout"), OTHERS)
+def test_losses_and_gradient_norms_are_those_of_one_process(folder, model, layout):
+    ours, one = results_of(folder, model, layout), results_of(folder, model, ONE)
+    for step, (actual, expected) in enumerate(zip(ours, one, strict=True)):
+        # What the first step's rounding does to the weights, the second step measures again.
+        loss, gradient = LOSS * (step + 1), GRADIENT * (step + 1)
+        assert relative(actual["loss"], expected["loss"]) <= loss
+        assert relative(actual["grad_norm"], expected["grad_norm"]) <= gradient
+        if expected["mtp_loss"] is not None:
+            assert relative(actual["mtp_loss"], expected["mtp_loss"]) <= loss
+        assert len(actual["aux_losses"]) == 4
+        for (name, value), (_, wanted) in zip(
+            actual["aux_losses"], expected["aux_losses"], strict=True
+        ):
+            assert relative(value, wanted) <= loss, name
+        for exact in ("expert_load", "loss_tokens", "tokens_seen", "lr", "sequences"):
+            assert actual[exact] == expected[exact]
+
+
+@pytest.mark.parametrize(("model", "layout"), OTHERS)
+def test_a_checkpoint_of_any_layout_holds_the_model_of_one_process(states, model, layout):
+    """Adam's mean of the gradient holds both steps: 0.1 * (0.9 * first + second)."""
+    one, ours = states(model, ONE), states(model, layout)
+    assert ours.adam.keys() == one.adam.keys()
+    for name, expected in one.adam.items():
+        actual = ours.adam[name]
+        size = float(expected["exp_avg"].abs().max())
+        # Two gradients, the second of weights that the first one's rounding has moved.
+        assert largest_error(actual["exp_avg"], expected["exp_avg"]) <= 2 * GRADIENT * size, name
+        # Squares err twice as much, relative to the largest square.
+        size = float(expected["exp_avg_sq"].abs().max())
+        assert largest_error(actual["exp_avg_sq"], expected["exp_avg_sq"]) <= 4 * GRADIENT * size
+        assert actual["step"] == expected["step"] == 2
+        # With eps 1 a step moves a weight by at most lr = 0.5 times its gradient, and the gradients
+        # of both steps together are at most 20 times their mean above; a weight is rounded twice.
+        bound = 0.5 * 20 * 2 * GRADIENT * float(expected["exp_avg"].abs().max())
+        bound += 2 * 2.0**-24 * float(expected["weight"].detach().abs().max())
+        assert largest_error(actual["weight"], expected["weight"]) <= bound, name
+
+
+@pytest.mark.parametrize(("model", "layout"), OTHERS)
+def test_router_state_of_any_layout_is_that_of_one_process(states, model, layout):
+    """Shares of tokens and expert biases come from counts: they are equal, not close."""
+    one, ours = states(model, ONE), states(model, layout)
+    kept = [name for name in one.buffers if name.endswith(("previous_shares_E", "expert_bias"))]
+    assert kept
+    assert [name for name in kept if not torch.equal(ours.buffers[name], one.buffers[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"), [*((model, "dp2") for model in MODELS), ("latent", "pp2")]
+)
+def test_data_parallelism_and_a_plain_pipeline_change_no_bit(states, model, layout):
+    """Sums over micro-batches and ranks are float64; a pipeline only cuts between layers.
+
+    Not so with a table that two stages share, whose gradients meet in another order.
+    """
+    one, ours = states(model, ONE), states(model, layout)
+    differing = [
+        f"{name} {key}"
+        for name, state in one.adam.items()
+        for key, value in state.items()
+        if not torch.equal(value, ours.adam[name][key])
+    ]
+    assert differing == []
