@@ -1,0 +1,1 @@
+"""What a run did, for people: report.html, report.md and a plot of its losses. Needs no torch."""

@@ -1,0 +1,103 @@
+"""Reads a run folder: its plan, what was measured, what happened, what was saved."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamoe.errors import MegamoeError
+from megamoe.plan.json import read_plan
+from megamoe.plan.plan import Plan
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on disk."""
+
+    name: str
+    step: int
+    tokens_seen: int
+    size_bytes: int
+    is_latest: bool
+    ledger: tuple[tuple[str, str, int], ...]  # (stage, source, tokens drawn)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecords:
+    """Everything a report is made from."""
+
+    path: Path
+    plan: Plan
+    tokens_asked: tuple[int, ...] | None  # of each segment, by the recipe; None where not recorded
+    steps: tuple[Record, ...]
+    evals: tuple[Record, ...]
+    events: tuple[Record, ...]
+    environment: Record
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the last recorded step."""
+        return int(self.steps[-1]["tokens_seen"]) if self.steps else 0
+
+    @property
+    def tokens_planned(self) -> int:
+        """Tokens of all segments."""
+        return sum(segment.tokens for segment in self.plan.segments)
+
+
+def read_run(path: Path) -> RunRecords:
+    """Read a run folder, finished or not.
+
+    Raises:
+        MegamoeError: it is no run folder, or a line of its records is damaged.
+    """
+    if not (path / "plan.json").is_file():
+        raise MegamoeError(f"{path}: is no run folder (it has no plan.json); give one of runs/")
+    records = list(_lines(path / "metrics.jsonl"))
+    events = tuple(_lines(path / "events.jsonl"))
+    asked = next((event["tokens_asked"] for event in events if "tokens_asked" in event), None)
+    environment = path / "environment.json"
+    return RunRecords(
+        path=path,
+        plan=read_plan(path / "plan.json"),
+        tokens_asked=None if asked is None else tuple(asked),
+        steps=tuple(record for record in records if record["kind"] == "step"),
+        evals=tuple(record for record in records if record["kind"] == "eval"),
+        events=events,
+        environment=json.loads(environment.read_text()) if environment.exists() else {},
+        checkpoints=tuple(_checkpoints(path / "checkpoints")),
+    )
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                if line.endswith("\n"):
+                    raise MegamoeError(f"{path}:{number}: not JSON ({error})") from error
+                return  # the last line, cut short by a crash
+            yield record
+
+
+def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    latest = folder / "latest"
+    newest = latest.read_text(encoding="utf-8").strip() if latest.exists() else None
+    for path in sorted(folder.glob("*/progress.json")):
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        files = (file for file in path.parent.rglob("*") if file.is_file())
+        yield Checkpoint(
+            name=path.parent.name,
+            step=progress["step"],
+            tokens_seen=progress["tokens_seen"],
+            size_bytes=sum(file.stat().st_size for file in files),
+            is_latest=path.parent.name == newest,
+            ledger=tuple((stage, source, count) for stage, source, count in progress["ledger"]),
+        )

@@ -1,0 +1,148 @@
+"""`megamoe run` from the first line to the report, with ranks that only pretend to train."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from launch.cli_run import train_here
+from launch.lock import hold_lock
+from megamoe.__main__ import main
+from megamoe.errors import LaunchError
+from megamoe.plan.build import Options, build_plan
+from megamoe.plan.json import digest, write_plan
+from tests.unit.test_plan_build import CPU, RECIPE, data_folder
+
+PLAN = build_plan(RECIPE, CPU, Options())
+RANK = """
+import json, os, sys
+from pathlib import Path
+folder, segment, fail_in, plan_digest = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+if str(segment) == fail_in:
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("a bad day")
+elif os.environ["RANK"] == "0":
+    print("segment", segment)
+    checkpoint = folder / "checkpoints" / f"{segment:015d}"
+    checkpoint.mkdir(exist_ok=True)
+    progress = {"segment": segment, "step": 1, "tokens_seen": 5, "segment_done": True, "ledger": [],
+                "plan_digest": plan_digest}
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    (folder / "checkpoints" / "latest").write_text(checkpoint.name)
+"""
+
+
+def ranks(folder, fail_in="none"):
+    """The command of ranks that save a checkpoint, but for rank 1 of one segment, which fails."""
+    rest = (str(folder), "{}", fail_in, digest(PLAN))
+    return lambda index: (
+        sys.executable, "-c", RANK, *(part.format(index) for part in rest)
+    )  # fmt: skip
+
+
+def events(folder):
+    return [
+        json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()
+    ]
+
+
+def test_a_run_ends_with_its_checkpoint_and_its_report(tmp_path, capfd):
+    run = tmp_path / "run"
+    assert train_here(run, PLAN, {"tokens_asked": [1, 2]}, ranks(run)) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"starts in {run}; logs in {run / 'logs'}"
+    assert lines[1:3] == ["segment 0", "segment 1"]
+    assert lines[3] == f"checkpoint  {run / 'checkpoints' / '000000000000001'}"
+    assert lines[4] == f"report      {run / 'report.html'}"
+    assert (run / "report.html").exists()
+
+
+def test_a_run_that_failed_goes_on_where_it_stopped(tmp_path, capfd):
+    run = tmp_path / "run"
+    with pytest.raises(LaunchError, match=r"small/reasoning: rank 1 of segment 1 .*a bad day"):
+        train_here(run, PLAN, {}, ranks(run, fail_in="1"))
+    assert f"not finished; continue with `megamoe run {run}`" in capfd.readouterr().out
+    train_here(run, PLAN, {}, ranks(run))
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith(f"continues in {run}")
+    assert "segment 0" not in lines
+    assert events(run) == [
+        "created",
+        "launched",
+        "segment_started",
+        "segment_done",
+        "segment_started",
+        "segment_failed",
+        "launched",
+        "segment_started",
+        "segment_done",
+        "run_done",
+    ]
+
+
+def test_a_second_run_of_the_same_folder_is_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with hold_lock(run), pytest.raises(LaunchError, match="held by process"):
+        train_here(run, PLAN, {}, ranks(run))
+    assert not (run / "events.jsonl").exists()
+
+
+def test_a_folder_with_a_plan_made_by_hand_runs(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_plan(run / "plan.json", PLAN)
+    train_here(run, PLAN, {}, ranks(run))
+    assert events(run)[-1] == "run_done"
+
+
+def test_a_plan_for_many_nodes_is_refused(tmp_path):
+    plan = build_plan(RECIPE, replace(CPU, num_nodes=2, devices_per_node=1), Options())
+    with pytest.raises(LaunchError, match="is planned for 2 nodes of 'local'"):
+        train_here(tmp_path, plan, {}, ranks(tmp_path))
+
+
+TINY = ["run", "vaetki_7b_a1b", "--scale", "tiny"]
+
+
+def test_no_data_says_how_to_make_some(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(TINY) == 2
+    printed = capsys.readouterr().err
+    assert "data/sample has no manifest.json; make one with `make train`" in printed
+    assert "`megamoe data tokenize`" in printed
+
+
+def test_data_of_other_sources_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "sample").mkdir(parents=True)
+    data_folder(tmp_path / "data" / "sample")
+    assert main(TINY) == 2
+    assert "source 'english' is not in data/sample/manifest.json" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_of_full_size_is_not_for_a_processor(tmp_path, capsys):
+    assert main(["run", "vaetki_7b_a1b", "--data", data_folder(tmp_path)]) == 2
+    assert "use --scale tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["--set", "general.lr.peak=1e-4"], "--set"),
+        (["--nproc", "4", "--seed", "3"], "--nproc, --seed"),
+        (["--keep-checkpoints", "9"], "--keep-checkpoints"),
+        (["--data", "elsewhere"], "--data"),
+    ],
+)
+def test_a_run_folder_takes_no_wishes_that_its_plan_settles(tmp_path, arguments, refused, capsys):
+    write_plan(tmp_path / "plan.json", PLAN)
+    assert main(["run", str(tmp_path), *arguments]) == 2
+    assert f"its plan.json settles {refused}; leave that out" in capsys.readouterr().err
+
+
+def test_gpus_are_counted_by_the_person(tmp_path, capsys):
+    assert main([*TINY, "--device", "cuda", "--data", data_folder(tmp_path)]) == 2
+    assert "--device cuda: say how many GPUs to use; give --nproc N" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""What is done after each step, and when."""
+
+import argparse
+import importlib.util
+import sys
+
+import pytest
+
+from megamoe.errors import TrainingError
+from megamoe.train.hooks import (
+    Recording,
+    add_recording_arguments,
+    is_due,
+    make_hooks,
+    open_recorders,
+    recording_from_args,
+    scalars,
+)
+from tests.unit.test_metrics_records import PLAN, SEGMENT, measured, records, result
+
+SECOND = PLAN.segments[1]  # 28 steps after 147, saved every 5
+PLAIN = Recording(tensorboard=False, wandb=None)
+
+
+class FakeEngine:
+    """Keeps the order in which it was asked."""
+
+    is_done = False
+
+    def __init__(self):
+        self.asked = []
+
+    def train_step(self):
+        raise AssertionError
+
+    def evaluate(self):
+        self.asked.append("evaluate")
+        return [measured(1), measured(1, source="code")]
+
+    def save(self):
+        self.asked.append("save")
+
+
+class Keeper:
+    """A recorder that keeps everything."""
+
+    def __init__(self):
+        self.kept = []
+
+    def record_step(self, step):
+        self.kept.append(step.step)
+
+    def record_evals(self, evaluation):
+        self.kept += [item.source for item in evaluation]
+
+    def close(self):
+        self.kept.append("closed")
+
+
+def after(step, segment=SEGMENT):
+    engine, keeper = FakeEngine(), Keeper()
+    for hook in make_hooks(segment, [keeper]):
+        hook.after_step(result(step), engine)
+    return engine.asked, keeper.kept
+
+
+@pytest.mark.parametrize(
+    ("step", "due"), [(28, False), (29, True), (30, False), (145, True), (146, False), (147, True)]
+)
+def test_a_fifth_of_the_segment_and_its_end_are_due(step, due):
+    assert is_due(SEGMENT, SEGMENT.checkpoint_every, step) is due
+    assert ("save" in after(step)[0]) is due
+
+
+@pytest.mark.parametrize(("step", "due"), [(151, False), (152, True), (174, False), (175, True)])
+def test_a_later_segment_counts_its_own_steps(step, due):
+    assert is_due(SECOND, SECOND.checkpoint_every, step) is due
+
+
+@pytest.mark.parametrize(
+    ("step", "due"),
+    [(9, False), (10, True), (11, False), (28, False), (29, True), (146, False), (147, True)],
+)
+def test_held_out_loss_is_measured_after_ten_steps_each_fifth_and_at_the_end(step, due):
+    assert ("evaluate" in after(step)[0]) is due
+
+
+def test_a_step_is_recorded_before_its_evaluation_and_both_before_the_checkpoint():
+    asked, kept = after(147)
+    assert asked == ["evaluate", "save"]
+    assert kept == [147, "korean", "code"]
+
+
+def test_ranks_without_recorders_evaluate_and_save_all_the_same():
+    engine = FakeEngine()
+    for hook in make_hooks(SEGMENT, []):
+        hook.after_step(result(147), engine)
+    assert engine.asked == ["evaluate", "save"]
+
+
+def test_rank_0_records_to_the_file_and_the_console(tmp_path, capsys):
+    with open_recorders(tmp_path, PLAN, SEGMENT, 0, PLAIN) as recorders:
+        for recorder in recorders:
+            recorder.record_step(result(1))
+    assert [record["step"] for record in records(tmp_path)] == [1]
+    assert "step 1/147" in capsys.readouterr().out
+
+
+def test_recorders_are_closed_after_an_error(tmp_path):
+    opened = open_recorders(tmp_path, PLAN, SEGMENT, 0, PLAIN)
+    recorders = opened.__enter__()
+    recorders[0].record_step(result(1))
+    opened.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    with pytest.raises(ValueError, match="closed file"):
+        recorders[0].record_step(result(2))
+
+
+@pytest.mark.parametrize(
+    ("recording", "module", "flag"),
+    [
+        (Recording(tensorboard=True, wandb=None), "torch.utils.tensorboard", "--tensorboard"),
+        (Recording(tensorboard=False, wandb="offline"), "wandb", "--wandb"),
+    ],
+)
+def test_a_library_that_is_missing_is_named_in_one_line(
+    tmp_path, monkeypatch, recording, module, flag
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    opened = open_recorders(tmp_path, PLAN, SEGMENT, 0, recording)
+    with pytest.raises(TrainingError, match=rf"{flag}: .*is not installed; `pip install"), opened:
+        pass
+
+
+def test_the_flags_of_the_train_command():
+    parser = argparse.ArgumentParser()
+    add_recording_arguments(parser)
+    assert recording_from_args(parser.parse_args([])) == PLAIN
+    args = parser.parse_args(["--tensorboard", "--wandb", "offline"])
+    assert recording_from_args(args) == Recording(tensorboard=True, wandb="offline")
+
+
+def test_numbers_are_charted_and_positions_and_words_are_not():
+    record = {
+        "stage": "a",
+        "step": 3,
+        "lr": 0.5,
+        "expert_load_max_over_mean": [1, 4],
+        "loss": "nan",
+    }
+    assert dict(scalars(record)) == {"lr": 0.5, "expert_load_max_over_mean": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of the libraries
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_weights_and_biases_works_offline_without_an_account(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    recording = Recording(tensorboard=False, wandb="offline")
+    for steps_done in (0, 1):  # a second process goes on with the same run
+        with open_recorders(tmp_path, PLAN, SEGMENT, steps_done, recording) as recorders:
+            recorders[1].record_step(result(steps_done + 1))
+            recorders[1].record_evals([measured(steps_done + 1)])
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len({path.name for path in files}) == 1
+    assert all(path.stat().st_size > 0 for path in files)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of the libraries
+def test_tensorboard_counts_tokens_and_voids_what_is_done_again(tmp_path):
+    pytest.importorskip("torch.utils.tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recording = Recording(tensorboard=True, wandb=None)
+    for steps_done, loss in ((0, 1.0), (2, 2.0)):  # killed after step 3, goes on after step 2
+        with open_recorders(tmp_path, PLAN, SEGMENT, steps_done, recording) as recorders:
+            for step in range(steps_done + 1, 4):
+                recorders[1].record_step(result(step, loss=loss))
+            recorders[1].record_evals([measured(3)])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [(item.step, item.value) for item in events.Scalars("train/loss_nats_per_token")]
+    assert losses == [(512, 1.0), (1_024, 1.0), (1_536, 2.0)]
+    assert [item.step for item in events.Scalars("heldout_loss_nats_per_token/korean")] == [1_536]
