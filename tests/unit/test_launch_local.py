@@ -180,10 +180,17 @@ with hold_lock(folder) as lock:
 """
 
 
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to jobs in the background: have them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def supervisor(tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-c", SUPERVISOR, str(tmp_path)], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", SUPERVISOR, str(tmp_path)],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=heed_ctrl_c,  # noqa: PLW1509 - no threads here
     ) as process:
         files = [tmp_path / "0.pid", tmp_path / "1.pid"]
         wait_until(lambda: all(file.exists() and file.read_text() for file in files))
