@@ -10,8 +10,9 @@ from pathlib import Path
 
 from launch.local import LocalJob, run_job, train_command
 from launch.lock import hold_lock
-from launch.run_dir import open_run_dir, record_event, settle_run_dir
+from launch.run_dir import RunDir, open_run_dir, record_event, settle_run_dir
 from launch.supervise import read_progress, supervise
+from megamoe.checkpoints.folder import fall_back, latest
 from megamoe.errors import DataError, LaunchError, PlanError
 from megamoe.plan.build import build_plan
 from megamoe.plan.cli import (
@@ -35,6 +36,7 @@ _EPILOG = """examples:
   megamoe run vaetki_7b_a1b --scale tiny --nproc 2
   megamoe run vaetki_7b_a1b --scale tiny --data data/mine --set general.lr.peak=1e-3
   megamoe run runs/vaetki_7b_a1b-tiny-20261122-101500        (continue it)
+  megamoe run runs/vaetki_7b_a1b-tiny-20261122-101500 --fallback
 """
 
 
@@ -52,6 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help="also log to Weights & Biases",
     )
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="of a run folder: go on from the newest checkpoint that is not damaged",
+    )
     parser.set_defaults(run=run)
 
 
@@ -60,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as Ctrl-C does
     if (Path(args.recipe) / "plan.json").is_file():
         return _continue(Path(args.recipe), args)
+    if args.fallback:
+        raise LaunchError(f"--fallback continues a run, and {args.recipe} is no run folder")
     recipe = recipe_from_args(args).recipe
     args.data = args.data or _sample_data()
     options = options_from_args(args)
@@ -72,7 +81,14 @@ def run(args: argparse.Namespace) -> int:
     return train_here(path, plan, {"tokens_asked": asked}, _command_of(path, args))
 
 
-def train_here(path: Path, plan: Plan, facts: Mapping[str, object], command_of: CommandOf) -> int:
+def train_here(
+    path: Path,
+    plan: Plan,
+    facts: Mapping[str, object],
+    command_of: CommandOf,
+    *,
+    fallback: bool = False,
+) -> int:
     """Train a plan in a run folder on this machine, from where it stands to its end; 0 then.
 
     Args:
@@ -80,6 +96,7 @@ def train_here(path: Path, plan: Plan, facts: Mapping[str, object], command_of: 
         plan: what to train.
         facts: kept in the first event of a new folder.
         command_of: the command of a rank, by index of the segment.
+        fallback: go on from the newest checkpoint whose files are all sound.
 
     Raises:
         LaunchError: the folder is in use or holds another plan, or a rank failed.
@@ -93,6 +110,8 @@ def train_here(path: Path, plan: Plan, facts: Mapping[str, object], command_of: 
     with hold_lock(path) as lock:
         run_dir = settle_run_dir(path, plan, facts)
         record_event(path, "launched", {"pid": os.getpid(), "command": sys.argv})
+        if fallback:
+            _fall_back(run_dir)
         _say(
             f"{'continues' if read_progress(run_dir) else 'starts'} in {path}; logs in {run_dir.logs}"
         )
@@ -113,9 +132,9 @@ def train_here(path: Path, plan: Plan, facts: Mapping[str, object], command_of: 
         except (KeyboardInterrupt, LaunchError):
             _say(f"not finished; continue with `megamoe run {path}`")
             raise
-        progress = read_progress(run_dir)
-    assert progress is not None, path
-    for name, file in (("checkpoint", progress.checkpoint), *write_report(path)):
+        checkpoint = latest(run_dir.checkpoints)
+    assert checkpoint is not None, path
+    for name, file in (("checkpoint", checkpoint), *write_report(path)):
         _say(f"{name:<10}  {file}")
     return 0
 
@@ -140,7 +159,21 @@ def _continue(path: Path, args: argparse.Namespace) -> int:
             f"{path}: is a run folder, and its plan.json settles {', '.join(refused)}; "
             "leave that out, or give the recipe to start another run"
         )
-    return train_here(path, open_run_dir(path).plan, {}, _command_of(path, args))
+    command_of = _command_of(path, args)
+    return train_here(path, open_run_dir(path).plan, {}, command_of, fallback=args.fallback)
+
+
+def _fall_back(run_dir: RunDir) -> None:
+    """Read all of the latest checkpoint and, where it is damaged, go back to one that is not."""
+    _say("reads the checkpoint and compares it with its manifest")
+    checkpoint, problems = fall_back(run_dir.checkpoints)
+    for problem in problems:
+        _say(f"set aside: {problem}")
+    if checkpoint is not None:
+        _say(f"sound: {checkpoint}")
+    if problems:
+        facts = {"checkpoint": checkpoint.name if checkpoint else None, "problems": problems}
+        record_event(run_dir.path, "fell_back", facts)
 
 
 def _say(line: str) -> None:

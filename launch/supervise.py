@@ -1,53 +1,26 @@
 """Which segment is next, and running one after another to the end of the plan."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from launch.run_dir import RunDir, record_event
+from megamoe.checkpoints import folder as checkpoints
+from megamoe.checkpoints.folder import Progress, latest
 from megamoe.errors import CheckpointError, LaunchError, MegamoeError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a checkpoint is, as its progress.json says."""
-
-    checkpoint: Path
-    segment: int
-    step: int
-    tokens_seen: int
-    segment_done: bool
 
 
 def read_progress(run_dir: RunDir) -> Progress | None:
     """Return how far the latest checkpoint is; None where there is none.
 
     Raises:
-        CheckpointError: `latest` names a checkpoint that is not there, or of another plan.
+        CheckpointError: `latest`, or what it names, is missing or damaged, or is of another plan.
     """
-    latest = run_dir.checkpoints / "latest"
-    if not latest.exists():
+    checkpoint = latest(run_dir.checkpoints)
+    if checkpoint is None:
         return None
-    checkpoint = run_dir.checkpoints / latest.read_text(encoding="utf-8").strip()
-    try:
-        data = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        progress = Progress(
-            checkpoint=checkpoint,
-            segment=int(data["segment"]),
-            step=int(data["step"]),
-            tokens_seen=int(data["tokens_seen"]),
-            segment_done=bool(data["segment_done"]),
-        )
-        plan_digest = data["plan_digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    progress = checkpoints.read_progress(checkpoint)
+    if progress.plan_digest != run_dir.plan_digest:
         raise CheckpointError(
-            f"{latest}: names {checkpoint.name!r}, which has no sound progress.json ({error}); "
-            "write the name of another folder beside it into `latest`"
-        ) from error
-    if plan_digest != run_dir.plan_digest:
-        raise CheckpointError(
-            f"{checkpoint}: is of plan {str(plan_digest)[:12]}, not of this run's "
+            f"{checkpoint}: is of plan {progress.plan_digest[:12]}, not of this run's "
             f"{run_dir.plan_digest[:12]}; it was copied here, or plan.json was edited"
         )
     return progress

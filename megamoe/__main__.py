@@ -39,6 +39,11 @@ COMMANDS = (
     Command(name="run", help="plan for this machine and train here", module="launch.cli_run"),
     Command(name="train", help="be one rank of a run", module="megamoe.train.main"),
     Command(name="data", help="make tokenised shards from text", module="data_prep.cli"),
+    Command(
+        name="checkpoint",
+        help="verify and inspect the checkpoints of a run",
+        module="megamoe.checkpoints.cli",
+    ),
     Command(name="report", help="report on a run", module="megamoe.report.cli"),
 )
 OWN_PACKAGES = ("megamoe", "launch", "data_prep", "megamoe_kernels")

@@ -35,3 +35,17 @@ class EvalResult:
     source: str
     loss: float  # nats per token
     tokens: int  # tokens it was measured on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveResult:
+    """One attempt to write a checkpoint."""
+
+    stage: str
+    segment: int
+    step: int
+    tokens_seen: int
+    stall_seconds: float  # that training stood still
+    seconds: float  # from the beginning of the save until the checkpoint was the latest
+    num_bytes: int  # of all ranks; 0 where nothing was written
+    error: str | None  # why there is no checkpoint, in one line

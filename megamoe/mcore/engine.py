@@ -12,17 +12,19 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megamoe.checkpoints import folder as files
 from megamoe.errors import CheckpointError, TrainingError
 from megamoe.mcore import checkpoint
 from megamoe.mcore.data import Batch, HeldoutText, TrainingText
 from megamoe.mcore.measure import Measures, measure
 from megamoe.mcore.model import build_model, unwrap
 from megamoe.mcore.optim import build_optimizer, set_learning_rate
+from megamoe.mcore.saver import Saver
 from megamoe.plan.json import digest
 from megamoe.plan.plan import Plan, Segment
 from megamoe.plan.schedule import learning_rate_at, sequences_at
 from megamoe.plan.trainable import check_trainable
-from megamoe.step import EvalResult, StepResult
+from megamoe.step import EvalResult, SaveResult, StepResult
 
 
 class Engine:
@@ -48,6 +50,8 @@ class Engine:
         self.step = segment.steps_start
         self.tokens_seen = segment.tokens_start
         self.ledger: tuple[tuple[str, str, int], ...] = ()  # of the segments before this one
+        self.saver = Saver(self.folder, plan.keep_checkpoints)
+        self._validated = False  # what ranks write, by the first save
         self._configure()
         self._resume()
 
@@ -130,9 +134,16 @@ class Engine:
             chunk.train()
         return results
 
-    def save(self) -> Path:
-        """Write a checkpoint and make it the latest; return its folder."""
-        progress = checkpoint.Progress(
+    def save(self, *, wait: bool = False) -> Path:
+        """Begin to write a checkpoint, which training does not wait for; return its folder.
+
+        Args:
+            wait: return when it is the latest.
+
+        Raises:
+            CheckpointError: it was waited for and could not be written.
+        """
+        progress = files.Progress(
             plan_digest=self.digest,
             segment=self.segment.index,
             step=self.step,
@@ -140,9 +151,18 @@ class Engine:
             segment_done=self.is_done,
             ledger=(*self.ledger, *self._drawn()),
         )
-        return checkpoint.save(
-            self.folder, self.chunks, self.optimizer, progress, self.plan.keep_checkpoints
-        )
+        self.saver.start(self._snapshot, progress, self.segment.stage)
+        if wait and (error := self.saver.wait()):
+            raise CheckpointError(error)
+        return self.folder / files.name_of(self.tokens_seen)
+
+    def ended_saves(self) -> list[SaveResult]:
+        """Return the saves that have ended since the last call, failed ones too."""
+        return self.saver.ended()
+
+    def _snapshot(self) -> checkpoint.Snapshot:
+        validate, self._validated = not self._validated, True
+        return checkpoint.snapshot(self.chunks, self.optimizer, validate=validate)
 
     def _configure(self) -> None:
         config = unwrap(self.chunks[0]).config
@@ -150,10 +170,10 @@ class Engine:
         config.grad_scale_func = self.optimizer.scale_loss
 
     def _resume(self) -> None:
-        folder = checkpoint.latest(self.folder)
+        folder = files.latest(self.folder)
         if folder is None:
             return
-        progress = checkpoint.read_progress(folder)
+        progress = files.read_progress(folder)
         if progress.plan_digest != self.digest:
             raise CheckpointError(f"{folder} belongs to another plan; use another run folder")
         same_layout = progress.segment == self.segment.index

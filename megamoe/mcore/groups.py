@@ -1,5 +1,6 @@
 """Process groups of one segment."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamoe.errors import LaunchError
 from megamoe.plan.plan import Plan, Segment
+
+_LONGEST_WRITE = timedelta(hours=2)  # ranks that have written wait for the slowest
 
 
 def start(plan: Plan, segment: Segment) -> None:
@@ -40,7 +43,16 @@ def form(plan: Plan, segment: Segment) -> None:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
     )
+    _SAVING[:] = [torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WRITE)]
     settle(plan)
+
+
+def saving() -> torch.distributed.ProcessGroup:
+    """Return the group of all ranks that is for checkpoints alone and works without a GPU.
+
+    A thread writes them while training goes on, so their collectives must not meet training's.
+    """
+    return _SAVING[0]
 
 
 def settle(plan: Plan) -> None:
@@ -65,5 +77,9 @@ def sharding() -> dict[str, Any]:
 
 def stop() -> None:
     """Leave all groups."""
+    _SAVING.clear()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+_SAVING: list[torch.distributed.ProcessGroup] = []

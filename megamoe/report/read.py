@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamoe.errors import MegamoeError
+from megamoe.checkpoints.folder import all_checkpoints, latest, read_progress
+from megamoe.errors import CheckpointError, MegamoeError
 from megamoe.plan.json import read_plan
 from megamoe.plan.plan import Plan
 
@@ -34,6 +36,7 @@ class RunRecords:
     tokens_asked: tuple[int, ...] | None  # of each segment, by the recipe; None where not recorded
     steps: tuple[Record, ...]
     evals: tuple[Record, ...]
+    saves: tuple[Record, ...]
     events: tuple[Record, ...]
     environment: Record
     checkpoints: tuple[Checkpoint, ...]
@@ -67,6 +70,7 @@ def read_run(path: Path) -> RunRecords:
         tokens_asked=None if asked is None else tuple(asked),
         steps=tuple(record for record in records if record["kind"] == "step"),
         evals=tuple(record for record in records if record["kind"] == "eval"),
+        saves=tuple(record for record in records if record["kind"] == "save"),
         events=events,
         environment=json.loads(environment.read_text()) if environment.exists() else {},
         checkpoints=tuple(_checkpoints(path / "checkpoints")),
@@ -88,16 +92,20 @@ def _lines(path: Path) -> Iterator[Record]:
 
 
 def _checkpoints(folder: Path) -> Iterator[Checkpoint]:
-    latest = folder / "latest"
-    newest = latest.read_text(encoding="utf-8").strip() if latest.exists() else None
-    for path in sorted(folder.glob("*/progress.json")):
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        files = (file for file in path.parent.rglob("*") if file.is_file())
+    # A report shows what it can read; `megamoe checkpoint verify` says what is damaged.
+    newest = None
+    with suppress(CheckpointError):
+        newest = latest(folder)
+    for path in all_checkpoints(folder):
+        try:
+            progress = read_progress(path)
+        except CheckpointError:
+            continue
         yield Checkpoint(
-            name=path.parent.name,
-            step=progress["step"],
-            tokens_seen=progress["tokens_seen"],
-            size_bytes=sum(file.stat().st_size for file in files),
-            is_latest=path.parent.name == newest,
-            ledger=tuple((stage, source, count) for stage, source, count in progress["ledger"]),
+            name=path.name,
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            size_bytes=sum(file.stat().st_size for file in path.iterdir()),
+            is_latest=path == newest,
+            ledger=progress.ledger,
         )

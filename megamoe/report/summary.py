@@ -165,6 +165,32 @@ def checkpoint_table(run: RunRecords) -> Table:
     return Table(header=("checkpoint", "step", "tokens seen", "size"), rows=rows)
 
 
+def save_table(run: RunRecords) -> Table:
+    """Return a row for each stage: what writing its checkpoints cost."""
+    rows = []
+    for segment, steps in _by_segment(run):
+        saves = [save for save in run.saves if save["segment"] == segment.index]
+        written = [save for save in saves if "error" not in save]
+        if not saves:
+            continue
+        stalls = [save["stall_seconds"] for save in saves]
+        share = sum(stalls) / sum(step["step_seconds"] for step in steps)
+        seconds = statistics.median(save["save_seconds"] for save in written) if written else None
+        rows.append(
+            (
+                segment.stage,
+                f"{len(written)}",
+                f"{len(saves) - len(written)}",
+                "-" if seconds is None else f"{seconds:.3g} s",
+                f"{statistics.median(stalls):.3g} s",
+                f"{max(stalls):.3g} s",
+                f"{share:.2%}",
+            )
+        )
+    header = ("stage", "written", "failed", "median time to write", "median stall", "longest stall")
+    return Table(header=(*header, "stalls / time in steps"), rows=tuple(rows))
+
+
 def event_table(run: RunRecords) -> Table:
     """Return a row for each thing that happened."""
     rows = tuple(

@@ -14,6 +14,7 @@ from megamoe.report.summary import (
     heldout_table,
     ledger_table,
     loss_table,
+    save_table,
     segment_table,
     speed_table,
     status,
@@ -69,7 +70,8 @@ def _page(run: RunRecords, losses: Block) -> Page:
     if plan.data is not None:
         sections.append(Section(title="Token ledger", blocks=(ledger_table(run),)))
     if run.checkpoints:
-        sections.append(Section(title="Checkpoints", blocks=(checkpoint_table(run),)))
+        saves = (save_table(run),) if run.saves else ()
+        sections.append(Section(title="Checkpoints", blocks=(checkpoint_table(run), *saves)))
     sections.append(Section(title="What happened", blocks=(event_table(run),)))
     sections.append(Section(title="Where it ran", blocks=(Items(items=_where(run)),)))
     sections.append(Section(title="Values that no source states", blocks=(_assumed(run),)))

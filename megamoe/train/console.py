@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from megamoe.plan.plan import Segment
-from megamoe.step import EvalResult, StepResult
+from megamoe.step import EvalResult, SaveResult, StepResult
 
 _LINES_PER_SEGMENT = 20
 _SMOOTHING = 0.9  # of tokens per second, from step to step
@@ -68,6 +68,10 @@ class LineConsole:
         """Write a line."""
         self._write(eval_line(results, self._pace.segment))
 
+    def record_save(self, result: SaveResult) -> None:
+        """Write a line."""
+        self._write(save_line(result, self._pace.segment))
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -111,6 +115,10 @@ class BarConsole:
         """Print above the bar."""
         self._progress.console.print(eval_line(results, self._pace.segment), highlight=False)
 
+    def record_save(self, result: SaveResult) -> None:
+        """Print above the bar."""
+        self._progress.console.print(save_line(result, self._pace.segment), highlight=False)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._progress.stop()
@@ -134,6 +142,18 @@ def eval_line(results: Sequence[EvalResult], segment: Segment) -> str:
     step = results[0].step - segment.steps_start
     measured = "  ".join(f"{result.source} {result.loss:.4f}" for result in results)
     return f"{segment.stage}  step {step:,}/{segment.num_steps:,}  held-out loss: {measured}"
+
+
+def save_line(result: SaveResult, segment: Segment) -> str:
+    """Return how a checkpoint was written, or why not, as a line."""
+    step = result.step - segment.steps_start
+    where = f"{segment.stage}  step {step:,}/{segment.num_steps:,}"
+    if result.error is not None:
+        return f"{where}  no checkpoint: {result.error}"
+    size = f"{result.num_bytes / 1e6:,.1f} MB"
+    return (
+        f"{where}  checkpoint: {size} in {result.seconds:.2f} s, stall {result.stall_seconds:.2f} s"
+    )
 
 
 def losses(result: StepResult) -> str:

@@ -13,7 +13,7 @@ from megamoe.errors import TrainingError
 from megamoe.plan.json import to_json
 from megamoe.plan.plan import Plan, Segment
 from megamoe.plan.schedule import position_at_step
-from megamoe.step import EvalResult, StepResult
+from megamoe.step import EvalResult, SaveResult, StepResult
 from megamoe.train.console import open_console
 from megamoe.train.loop import Engine, Hook
 from megamoe.train.metrics import MetricsFile, Record, step_record
@@ -38,6 +38,10 @@ class Recorder(Protocol):
 
     def record_evals(self, results: Sequence[EvalResult]) -> None:
         """Keep the held-out losses of one evaluation, one a source."""
+        ...
+
+    def record_save(self, result: SaveResult) -> None:
+        """Keep how a checkpoint was written, or why it was not."""
         ...
 
     def close(self) -> None:
@@ -88,7 +92,7 @@ def open_recorders(
 
 def make_hooks(segment: Segment, recorders: Sequence[Recorder]) -> list[Hook]:
     """Return the hooks of a segment, in order. Ranks other than 0 give no recorders."""
-    return [RecordSteps(recorders), Evaluate(segment, recorders), Save(segment)]
+    return [RecordSteps(recorders), Evaluate(segment, recorders), Save(segment, recorders)]
 
 
 class RecordSteps:
@@ -124,16 +128,28 @@ class Evaluate:
 
 
 class Save:
-    """Writes a checkpoint every `checkpoint_every` steps and at the end of the segment."""
+    """Saves every `checkpoint_every` steps, and at the end of the segment, where it waits.
 
-    def __init__(self, segment: Segment) -> None:
+    Training goes on while a checkpoint is written, and when it cannot be: the ones before stay.
+    """
+
+    def __init__(self, segment: Segment, recorders: Sequence[Recorder]) -> None:
         """Keep what is due when."""
-        self._segment = segment
+        self._segment, self._recorders = segment, recorders
 
     def after_step(self, result: StepResult, engine: Engine) -> None:
-        """Save when due, on every rank."""
-        if is_due(self._segment, self._segment.checkpoint_every, result.step):
-            engine.save()
+        """Save when due, on every rank; record what has ended.
+
+        Raises:
+            CheckpointError: the last checkpoint of the segment could not be written.
+        """
+        try:
+            if is_due(self._segment, self._segment.checkpoint_every, result.step):
+                engine.save(wait=engine.is_done)
+        finally:
+            for saved in engine.ended_saves():
+                for recorder in self._recorders:
+                    recorder.record_save(saved)
 
 
 def is_due(segment: Segment, every: int, step: int) -> bool:
@@ -178,6 +194,10 @@ class TensorBoard:
         for result in results:
             tag = f"heldout_loss_nats_per_token/{result.source}"
             self._writer.add_scalar(tag, result.loss, result.tokens_seen)
+
+    def record_save(self, result: SaveResult) -> None:
+        """Write how long training stood still."""
+        self._writer.add_scalar("save/stall_seconds", result.stall_seconds, result.tokens_seen)
 
     def close(self) -> None:
         """Write what is left."""
@@ -228,6 +248,11 @@ class WeightsAndBiases:
         """Log held-out losses."""
         losses = {f"heldout_loss_nats_per_token/{item.source}": item.loss for item in results}
         self._run.log(losses | {"tokens_seen": results[0].tokens_seen})
+
+    def record_save(self, result: SaveResult) -> None:
+        """Log how long training stood still."""
+        stall = {"save/stall_seconds": result.stall_seconds}
+        self._run.log(stall | {"tokens_seen": result.tokens_seen})
 
     def close(self) -> None:
         """End the run."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from megamoe.step import EvalResult, StepResult
+from megamoe.step import EvalResult, SaveResult, StepResult
 
 
 class Engine(Protocol):
@@ -22,8 +22,12 @@ class Engine(Protocol):
         """Loss on held-out text, source by source."""
         ...
 
-    def save(self) -> object:
-        """Write a checkpoint that a later process continues from."""
+    def save(self, *, wait: bool) -> object:
+        """Begin to write a checkpoint that a later process continues from, or write all of it."""
+        ...
+
+    def ended_saves(self) -> list[SaveResult]:
+        """Return the saves that have ended since the last call, failed ones too."""
         ...
 
 

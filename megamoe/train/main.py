@@ -5,6 +5,7 @@ torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 """
 
 import argparse
+import gc
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,6 +57,7 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
     groups.start(plan, segment)
     try:
         engine = Engine(plan, segment, args.run_dir)
+        gc.freeze()  # all that lives as long as this process: a save collects garbage twice
         is_first = int(os.environ["RANK"]) == 0
         recording = recording_from_args(args)
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one flat record for each step and each evaluation, units in the names."""
+"""metrics.jsonl: one flat record for each step, evaluation and save, units in the names."""
 
 import json
 import math
@@ -10,13 +10,13 @@ from typing import Any
 from megamoe.plan.flops import train_flops_per_token
 from megamoe.plan.json import write_text_atomically
 from megamoe.plan.plan import Plan, Segment
-from megamoe.step import EvalResult, StepResult
+from megamoe.step import EvalResult, SaveResult, StepResult
 
 Record = dict[str, Any]
 
 # Name and unit of every field; `aux_loss.<name>` stands for each auxiliary loss there is.
 UNITS = {
-    "kind": "'step' or 'eval'",
+    "kind": "'step', 'eval' or 'save'",
     "stage": "name",
     "segment": "index, from 0",
     "step": "optimizer steps of the run, this one included",
@@ -37,6 +37,10 @@ UNITS = {
     "memory_bytes": "peak bytes of rank 0: of the device, or resident without one",
     "source": "name of the held-out text",
     "eval_tokens": "tokens the held-out loss was measured on",
+    "stall_seconds": "wall seconds that training stood still for a checkpoint",
+    "save_seconds": "wall seconds from the beginning of a save until it was the latest checkpoint",
+    "checkpoint_bytes": "bytes of a checkpoint, of all ranks",
+    "error": "why there is no checkpoint; absent where there is one",
 }
 
 
@@ -85,6 +89,21 @@ def eval_record(result: EvalResult) -> Record:
     }
 
 
+def save_record(result: SaveResult) -> Record:
+    """Return the record of a checkpoint, written or not."""
+    record: Record = {
+        "kind": "save",
+        "stage": result.stage,
+        "segment": result.segment,
+        "step": result.step,
+        "tokens_seen": result.tokens_seen,
+        "stall_seconds": result.stall_seconds,
+        "save_seconds": result.seconds,
+        "checkpoint_bytes": result.num_bytes,
+    }
+    return record if result.error is None else record | {"error": result.error}
+
+
 class MetricsFile:
     """Appends records to RUN/metrics.jsonl, each on its way to disk when the call returns.
 
@@ -113,6 +132,10 @@ class MetricsFile:
         """Append an evaluation, a record a source."""
         for result in results:
             self._append(eval_record(result))
+
+    def record_save(self, result: SaveResult) -> None:
+        """Append a save, as soon as it has ended: some steps after the one it is of."""
+        self._append(save_record(result))
 
     def close(self) -> None:
         """Make all of it durable."""

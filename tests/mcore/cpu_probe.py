@@ -87,7 +87,7 @@ def _train_and_save() -> None:
     groups.form(plan, plan.segments[0])
     engine = Engine(plan, plan.segments[0], folder)
     engine.train_step()
-    engine.save()
+    engine.save(wait=True)
     groups.stop()
 
 

@@ -92,7 +92,7 @@ def _train(plan: Plan, run_dir: Path, rank: int) -> None:
     groups.form(plan, plan.segments[0])
     engine = Engine(plan, plan.segments[0], run_dir)
     results = [asdict(engine.train_step()) for _ in range(NUM_STEPS)]
-    engine.save()
+    engine.save(wait=True)
     if rank == 0:
         (run_dir / "result.json").write_text(json.dumps(results))
     groups.stop()

@@ -58,7 +58,11 @@ def _start(run_dir: Path) -> subprocess.Popen[bytes]:
 def _trajectory(run_dir: Path) -> list[tuple[object, ...]]:
     """Everything measured that does not depend on the clock."""
     names = ("kind", "step", "tokens_seen", "source", "loss_nats_per_token", "grad_norm", "lr")
-    return [tuple(r.get(name) for name in names) for r in read_records(run_dir / "metrics.jsonl")]
+    return [
+        tuple(r.get(name) for name in names)
+        for r in read_records(run_dir / "metrics.jsonl")
+        if r["kind"] != "save"
+    ]
 
 
 def _steps_done(run_dir: Path) -> int:

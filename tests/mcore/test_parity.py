@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe.checkpoints import folder as files
 from megamoe.mcore import checkpoint
 from megamoe.mcore.engine import Engine
 from tests.mcore.layouts import CASES, MODELS, ONE, plan_of, run_dir_of
@@ -56,7 +57,7 @@ def states(folder, tmp_path_factory):
     def load(model: str, layout: str) -> State:
         results_of(folder, model, layout)
         plan = plan_of(folder, model, ONE)
-        latest = checkpoint.latest(run_dir_of(folder, model, layout) / "checkpoints")
+        latest = files.latest(run_dir_of(folder, model, layout) / "checkpoints")
         with world_of_one(plan):
             engine = Engine(plan, plan.segments[0], place / "empty")
             checkpoint.load(latest, engine.chunks, engine.optimizer, same_layout=False)

@@ -16,20 +16,17 @@ from tests.unit.test_plan_build import CPU, RECIPE, data_folder
 
 PLAN = build_plan(RECIPE, CPU, Options())
 RANK = """
-import json, os, sys
+import os, sys
 from pathlib import Path
+from tests.unit import saved
 folder, segment, fail_in, plan_digest = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if str(segment) == fail_in:
     if os.environ["RANK"] == "1":
         raise RuntimeError("a bad day")
 elif os.environ["RANK"] == "0":
     print("segment", segment)
-    checkpoint = folder / "checkpoints" / f"{segment:015d}"
-    checkpoint.mkdir(exist_ok=True)
-    progress = {"segment": segment, "step": 1, "tokens_seen": 5, "segment_done": True, "ledger": [],
-                "plan_digest": plan_digest}
-    (checkpoint / "progress.json").write_text(json.dumps(progress))
-    (folder / "checkpoints" / "latest").write_text(checkpoint.name)
+    progress = saved.progress(segment, segment=segment, segment_done=True, plan_digest=plan_digest)
+    saved.save(folder / "checkpoints", progress)
 """
 
 

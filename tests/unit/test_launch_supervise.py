@@ -9,6 +9,7 @@ from launch.supervise import next_segment, read_progress, supervise
 from megamoe.errors import CheckpointError, LaunchError, PlanError
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.json import digest
+from tests.unit import saved
 from tests.unit.test_plan_build import CPU, RECIPE
 
 PLAN = build_plan(RECIPE, CPU, Options())
@@ -20,17 +21,9 @@ def run_dir(tmp_path):
 
 
 def save(run_dir, segment, *, done, tokens=500, plan_digest=None):
-    folder = run_dir.checkpoints / f"{tokens:015d}"
-    folder.mkdir(exist_ok=True)
-    progress = {
-        "segment": segment,
-        "step": 7,
-        "tokens_seen": tokens,
-        "segment_done": done,
-        "plan_digest": plan_digest or digest(PLAN),
-    }
-    (folder / "progress.json").write_text(json.dumps(progress))
-    (run_dir.checkpoints / "latest").write_text(folder.name + "\n")
+    plan_digest = plan_digest or digest(PLAN)
+    progress = saved.progress(tokens, segment=segment, segment_done=done, plan_digest=plan_digest)
+    saved.save(run_dir.checkpoints, progress)
 
 
 def events(run_dir):
@@ -100,7 +93,7 @@ def test_a_run_goes_on_with_the_segment_its_checkpoint_is_in(run_dir):
 
     def run_segment(index):
         ran.append(index)
-        save(run_dir, index, done=True)
+        save(run_dir, index, done=True, tokens=600)
 
     save(run_dir, 1, done=False)
     supervise(run_dir, run_segment)
@@ -156,5 +149,5 @@ def test_a_checkpoint_without_sound_progress_is_refused(run_dir, content):
     save(run_dir, 0, done=True)
     progress = run_dir.checkpoints / f"{500:015d}" / "progress.json"
     progress.unlink() if content is None else progress.write_text(content)
-    with pytest.raises(CheckpointError, match=r"has no sound progress\.json .*`latest`"):
+    with pytest.raises(CheckpointError, match=r"/progress\.json: .*written by rank 0.*--fallback"):
         read_progress(run_dir)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megamoe.errors import TrainingError
+from megamoe.errors import CheckpointError, TrainingError
 from megamoe.train.hooks import (
     Recording,
     add_recording_arguments,
@@ -16,7 +16,7 @@ from megamoe.train.hooks import (
     recording_from_args,
     scalars,
 )
-from tests.unit.test_metrics_records import PLAN, SEGMENT, measured, records, result
+from tests.unit.test_metrics_records import PLAN, SEGMENT, measured, records, result, saved
 
 SECOND = PLAN.segments[1]  # 28 steps after 147, saved every 5
 PLAIN = Recording(tensorboard=False, wandb=None)
@@ -37,8 +37,11 @@ class FakeEngine:
         self.asked.append("evaluate")
         return [measured(1), measured(1, source="code")]
 
-    def save(self):
-        self.asked.append("save")
+    def save(self, *, wait):
+        self.asked.append("save and wait" if wait else "save")
+
+    def ended_saves(self):
+        return [saved(9)] if "save" in self.asked else []
 
 
 class Keeper:
@@ -53,12 +56,16 @@ class Keeper:
     def record_evals(self, evaluation):
         self.kept += [item.source for item in evaluation]
 
+    def record_save(self, saving):
+        self.kept.append(f"saved at {saving.step}")
+
     def close(self):
         self.kept.append("closed")
 
 
-def after(step, segment=SEGMENT):
+def after(step, segment=SEGMENT, *, is_done=False):
     engine, keeper = FakeEngine(), Keeper()
+    engine.is_done = is_done
     for hook in make_hooks(segment, [keeper]):
         hook.after_step(result(step), engine)
     return engine.asked, keeper.kept
@@ -88,7 +95,28 @@ def test_held_out_loss_is_measured_after_ten_steps_each_fifth_and_at_the_end(ste
 def test_a_step_is_recorded_before_its_evaluation_and_both_before_the_checkpoint():
     asked, kept = after(147)
     assert asked == ["evaluate", "save"]
-    assert kept == [147, "korean", "code"]
+    assert kept == [147, "korean", "code", "saved at 9"]
+
+
+def test_the_end_of_a_segment_waits_for_its_checkpoint_and_no_other_step_does():
+    assert after(29)[0] == ["evaluate", "save"]
+    assert after(147, is_done=True)[0] == ["evaluate", "save and wait"]
+
+
+def test_a_last_checkpoint_that_fails_is_recorded_and_ends_the_segment():
+    class Full(FakeEngine):
+        is_done = True
+
+        def save(self, *, wait):
+            raise CheckpointError("no room")
+
+        def ended_saves(self):
+            return [saved(147, error="no room")]
+
+    keeper = Keeper()
+    with pytest.raises(CheckpointError, match="no room"):
+        make_hooks(SEGMENT, [keeper])[-1].after_step(result(147), Full())
+    assert keeper.kept == ["saved at 147"]
 
 
 def test_ranks_without_recorders_evaluate_and_save_all_the_same():

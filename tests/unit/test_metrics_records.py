@@ -8,8 +8,15 @@ import pytest
 
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.flops import train_flops_per_token
-from megamoe.step import EvalResult, StepResult
-from megamoe.train.metrics import UNITS, MetricsFile, eval_record, read_records, step_record
+from megamoe.step import EvalResult, SaveResult, StepResult
+from megamoe.train.metrics import (
+    UNITS,
+    MetricsFile,
+    eval_record,
+    read_records,
+    save_record,
+    step_record,
+)
 from tests.unit.test_plan_build import CPU, RECIPE
 
 PLAN = build_plan(RECIPE, CPU, Options())
@@ -51,12 +58,41 @@ def measured(step, **changes):
     return EvalResult(**(values | changes))
 
 
+def saved(step, **changes):
+    values = {
+        "stage": "general",
+        "segment": 0,
+        "step": step,
+        "tokens_seen": step * 512,
+        "stall_seconds": 0.25,
+        "seconds": 1.5,
+        "num_bytes": 42_000_000,
+        "error": None,
+    }
+    return SaveResult(**(values | changes))
+
+
 def open_file(folder, steps_done=0):
     return MetricsFile(folder, PLAN, SEGMENT, steps_done)
 
 
 def records(folder):
     return list(read_records(folder / "metrics.jsonl"))
+
+
+def test_a_save_is_a_flat_record_with_an_error_only_if_it_failed():
+    record = {
+        "kind": "save",
+        "stage": "general",
+        "segment": 0,
+        "step": 3,
+        "tokens_seen": 1_536,
+        "stall_seconds": 0.25,
+        "save_seconds": 1.5,
+        "checkpoint_bytes": 42_000_000,
+    }
+    assert save_record(saved(3)) == record
+    assert save_record(saved(3, error="no room")) == record | {"error": "no room"}
 
 
 def test_a_step_is_a_flat_record():
@@ -106,7 +142,8 @@ def test_every_field_has_a_unit(tmp_path):
     assert units == UNITS
     step = step_record(result(1, mtp_loss=1.0), replace(PLAN, cluster=GPUS), SEGMENT)
     names = {name.replace("aux_loss.aux", "aux_loss.<name>") for name in step}
-    assert names | eval_record(measured(1)).keys() == units.keys()
+    others = eval_record(measured(1)).keys() | save_record(saved(1, error="no room")).keys()
+    assert names | others == units.keys()
 
 
 def test_a_record_is_in_the_file_when_the_call_returns(tmp_path):

@@ -1,7 +1,6 @@
 """A report says what the run folder holds, finished or not."""
 
 import importlib.util
-import json
 import math
 import random
 import subprocess
@@ -22,6 +21,7 @@ from megamoe.report.summary import ledger_table, size_text, status
 from megamoe.report.write import write_report
 from megamoe.step import EvalResult, StepResult
 from megamoe.train.metrics import MetricsFile
+from tests.unit import saved
 from tests.unit.test_plan_build import with_data
 
 needs_matplotlib = pytest.mark.skipif(
@@ -80,12 +80,14 @@ def simulate(path, plan, stop_after=None):
                     )
                     file.record_evals([measured])
         file.close()
-        folder = run_dir.checkpoints / f"{result.tokens_seen:015d}"
-        folder.mkdir()
-        progress = {"segment": segment.index, "step": result.step, "segment_done": True}
-        progress |= {"tokens_seen": result.tokens_seen, "ledger": drawn(plan, segment.index)}
-        (folder / "progress.json").write_text(json.dumps(progress))
-        (run_dir.checkpoints / "latest").write_text(folder.name)
+        progress = saved.progress(
+            result.tokens_seen,
+            segment=segment.index,
+            step=result.step,
+            segment_done=True,
+            ledger=tuple(drawn(plan, segment.index)),
+        )
+        saved.save(run_dir.checkpoints, progress)
         record_event(path, "segment_done", {"segment": segment.index})
     return run_dir
 

@@ -1,0 +1,247 @@
+"""The folder of a run's checkpoints: one folder a checkpoint, and `latest`, which names one of them.
+
+A checkpoint is a folder `<tokens seen>` with a manifest (megamoe/checkpoints/manifest.py). It is
+written under a hidden name and renamed when every byte is on disk; only then does `latest` name it,
+and only then are older ones removed.
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megamoe.checkpoints.manifest import (
+    MANIFEST,
+    FileEntry,
+    check_file,
+    file_sha256,
+    read_manifest,
+    write_file,
+)
+from megamoe.errors import CheckpointError
+from megamoe.plan.json import write_text_atomically
+
+LATEST = "latest"
+PROGRESS = "progress.json"
+NONE_YET = "none"  # in `latest`, from the first save's beginning to its end
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run stood when a checkpoint was made."""
+
+    plan_digest: str
+    segment: int
+    step: int  # optimizer steps of the run
+    tokens_seen: int  # input tokens of the run
+    segment_done: bool
+    ledger: tuple[tuple[str, str, int], ...]  # (stage, source, tokens drawn from it), in order
+
+
+def name_of(tokens_seen: int) -> str:
+    """Return the name of the checkpoint made after so many tokens."""
+    return f"{tokens_seen:015d}"
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first, sound or not."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the checkpoint that `latest` names, or None where none was made yet.
+
+    Raises:
+        CheckpointError: `latest` is missing or damaged, or names a checkpoint that is missing.
+    """
+    pointer = folder / LATEST
+    if not pointer.is_file():
+        if there := all_checkpoints(folder):
+            raise CheckpointError(
+                f"{pointer}: is missing, but {there[-1].name} is there{_remedy(folder)}"
+            )
+        return None
+    words = pointer.read_text(encoding="utf-8", errors="replace").split()
+    if words == [NONE_YET]:
+        return None
+    if not words or len(words) > 2 or not words[0].isdigit():
+        raise CheckpointError(f"{pointer}: is damaged{_remedy(folder)}")
+    checkpoint = folder / words[0]
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{pointer}: names {words[0]}, which is missing{_remedy(folder)}")
+    if words[1:] and words[1:] != [_manifest_sha256(checkpoint)]:
+        raise CheckpointError(
+            f"{pointer}: {checkpoint.name}/{MANIFEST} is not the one it names{_remedy(folder)}"
+        )
+    return checkpoint
+
+
+def name_latest(checkpoint: Path) -> None:
+    """Have `latest` name a checkpoint, with the hash of its manifest."""
+    line = f"{checkpoint.name} {_manifest_sha256(checkpoint)}\n"
+    write_text_atomically(checkpoint.parent / LATEST, line)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Return where the run stood at a checkpoint.
+
+    Raises:
+        CheckpointError: the manifest or progress.json is missing or damaged.
+    """
+    try:
+        check_file(checkpoint, _entry(read_manifest(checkpoint), PROGRESS, checkpoint))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_remedy(checkpoint.parent)}") from error
+    fields = json.loads((checkpoint / PROGRESS).read_bytes())
+    ledger = tuple((stage, source, tokens) for stage, source, tokens in fields.pop("ledger"))
+    return Progress(**fields, ledger=ledger)
+
+
+def write_progress(checkpoint: Path, progress: Progress) -> FileEntry:
+    """Write progress.json into a checkpoint that is being made."""
+    text = json.dumps(asdict(progress), indent=1, ensure_ascii=False) + "\n"
+    return write_file(checkpoint / PROGRESS, text.encode(), rank=0)
+
+
+def verify(checkpoint: Path) -> tuple[FileEntry, ...]:
+    """Read every file of a checkpoint and compare it with the manifest; return the entries.
+
+    Raises:
+        CheckpointError: names the first file that is missing or damaged and the rank that wrote it.
+    """
+    entries = read_manifest(checkpoint)
+    threads = min(_MAX_THREADS, os.cpu_count() or 1)  # hashing leaves the interpreter free
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda entry: check_file(checkpoint, entry), entries):
+            pass
+    return entries
+
+
+def begin(folder: Path, name: str) -> Path | None:
+    """Make the hidden folder that a checkpoint is written in; None where it exists already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    if not (folder / LATEST).exists() and not all_checkpoints(folder):
+        write_text_atomically(folder / LATEST, f"{NONE_YET}\n")
+    if latest(folder) == folder / name:
+        return None
+    partial = folder / f".{name}.partial"
+    partial.mkdir()
+    return partial
+
+
+def publish(partial: Path, final: Path, keep: int) -> None:
+    """Give a checkpoint that is written, manifest included, its name; have `latest` name it.
+
+    Args:
+        partial: the hidden folder.
+        final: its name from now on.
+        keep: number of checkpoints to keep, this one included.
+    """
+    for path in partial.iterdir():
+        _flush(path)  # of files other ranks wrote too: a shared file system may keep them back
+    _flush(partial)
+    if final.exists():  # `latest` does not name it: a save that died before it did, or a way back
+        _remove(final)
+    partial.rename(final)
+    _flush(final.parent)
+    name_latest(final)
+    for path in all_checkpoints(final.parent)[:-keep]:
+        if path != final:
+            _remove(path)
+
+
+def fall_back(folder: Path) -> tuple[Path | None, list[str]]:
+    """Have `latest` name the newest sound checkpoint, not newer than the one it names now.
+
+    Damaged ones on the way are renamed to `<tokens>.damaged`.
+
+    Returns:
+        The sound checkpoint (None where none was made yet), and what is wrong with the others.
+
+    Raises:
+        CheckpointError: no checkpoint is sound; nothing was changed.
+    """
+    problems: list[str] = []
+    candidates = all_checkpoints(folder)
+    try:
+        newest = latest(folder)
+    except CheckpointError as error:
+        problems.append(str(error).partition("; ")[0])
+    else:
+        if newest is None:
+            return None, problems
+        candidates = [path for path in candidates if path.name <= newest.name]
+    damaged = []
+    for checkpoint in reversed(candidates):
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            problems.append(str(error))
+            damaged.append(checkpoint)
+            continue
+        name_latest(checkpoint)
+        for bad in damaged:
+            bad.rename(_free_name(bad))
+        return checkpoint, problems
+    raise CheckpointError(
+        f"{folder}: no checkpoint is sound ({'; '.join(problems)}); start another run folder"
+    )
+
+
+def _entry(entries: tuple[FileEntry, ...], name: str, checkpoint: Path) -> FileEntry:
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise CheckpointError(f"{checkpoint / MANIFEST}: does not list {name}")
+
+
+def _manifest_sha256(checkpoint: Path) -> str:
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(
+            f"{manifest}: is missing (written by rank 0){_remedy(checkpoint.parent)}"
+        )
+    return file_sha256(manifest)
+
+
+def _remedy(folder: Path) -> str:
+    return f"; `megamoe run {folder.parent} --fallback` goes on from the newest sound checkpoint"
+
+
+def _free_name(checkpoint: Path) -> Path:
+    number = 1
+    target = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"{checkpoint.name}.damaged.{number}")
+    return target
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves left: all of it has hidden names."""
+    for leftover in folder.glob(".*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:  # a pointer that was never put in place
+            leftover.unlink()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; killed on the way, it leaves a hidden folder, not half a checkpoint."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
