@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import megamoe
+from megamoe.commit import running_commit
 from megamoe.errors import LaunchError
 from megamoe.plan.json import differences, digest, read_plan, write_plan, write_text_atomically
 from megamoe.plan.plan import Plan
@@ -102,7 +102,7 @@ def _environment(command: Sequence[str]) -> dict[str, object]:
     """Describe this machine and its software. No environment variables: they hold secrets."""
     return {
         "megamoe": megamoe.__version__,
-        "commit": _commit(),
+        "commit": running_commit(),
         "command": list(command),
         "folder": str(Path.cwd()),
         "host": socket.gethostname(),
@@ -118,18 +118,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """Return the commit the code runs from, '+changes' when files differ; None outside git."""
-    git = ["git", "-C", str(Path(megamoe.__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        state = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if state.stdout.strip() else "")

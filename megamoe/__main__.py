@@ -45,6 +45,7 @@ COMMANDS = (
         module="megamoe.checkpoints.cli",
     ),
     Command(name="report", help="report on a run", module="megamoe.report.cli"),
+    Command(name="doctor", help="say what this machine can do", module="megamoe.doctor.cli"),
 )
 OWN_PACKAGES = ("megamoe", "launch", "data_prep", "megamoe_kernels")
 EPILOG = """examples:

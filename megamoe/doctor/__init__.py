@@ -1,0 +1,1 @@
+"""What this machine has of what megamoe uses, and what it can do with it."""
