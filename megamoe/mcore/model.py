@@ -8,7 +8,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -58,20 +57,7 @@ def _chunk(
         mtp_block_spec=mtp_spec(config, plan.model, segment) if is_last else None,
         vp_stage=vp_stage,
     )
-    _mark_experts(model)
     return model.to(torch.cuda.current_device())
-
-
-def _mark_experts(model: GPTModel) -> None:
-    """Say that expert weights are reduced over their own groups.
-
-    Megatron-Core 0.16.1 tensor_parallel/layers.py:864 marks them so only with expert parallelism;
-    with ep 1 and tp above etp each rank would keep the gradient of its own tokens.
-    """
-    for module in model.modules():
-        if isinstance(module, SequentialMLP):
-            for weight in module.parameters():
-                weight.allreduce = False
 
 
 def _data_parallel(

@@ -6,7 +6,6 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -27,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megamoe.mcore.experts import GroupedExperts
 from megamoe.mcore.layer import (
     CoreAttention,
     GroupedAttention,
@@ -136,7 +136,7 @@ def _experts() -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=_linears()),
+            experts=GroupedExperts,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=_linears()),
             router=BalancedRouter,
         ),

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megamoe.checkpoints import folder as files
 from megamoe.checkpoints.manifest import HashingFile
 from megamoe.errors import CheckpointError
-from megamoe.mcore import checkpoint, model, optim, shards
+from megamoe.mcore import checkpoint, optim, shards
 from megamoe.mcore.engine import Engine
 from megamoe.mcore.shards import METADATA, ShardReader
 from megamoe.recipe import Bf16, Fp32
@@ -246,13 +246,3 @@ def test_megatron_still_cannot_load_a_torch_adam(plan, tmp_path):
         del part._set_main_param_and_optimizer_states  # what optim._mend_torch_adam put there
     with pytest.raises(KeyError, match="step"):
         checkpoint.load(folder, engine.chunks, engine.optimizer, same_layout=True)
-
-
-def test_megatron_still_takes_experts_for_replicated_weights_without_expert_parallelism(
-    plan, monkeypatch
-):
-    monkeypatch.setattr(model, "_mark_experts", lambda model: None)
-    [chunk] = model.build_model(plan, plan.segments[0])
-    experts = [weight for name, weight in chunk.named_parameters() if ".local_experts." in name]
-    replicated = {getattr(weight, "allreduce", True) for weight in experts}
-    assert replicated == {True}, "Megatron-core marks expert weights: drop model._mark_experts"

@@ -82,7 +82,7 @@ def randomize(chunk: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in chunk.parameters():
-            std = 0.2 if weight.ndim == 1 else weight.shape[1] ** -0.5
+            std = 0.2 if weight.ndim == 1 else weight.shape[-1] ** -0.5
             weight.add_(torch.randn(weight.shape, generator=generator) * std)
         for module in chunk.modules():
             if isinstance(module, BalancedRouter):

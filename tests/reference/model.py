@@ -95,7 +95,7 @@ class Reference:
         x = x + branch
         branch = self._norm(f"{name}.pre_mlp_layernorm", x)
         if is_dense:
-            branch = self._swiglu(f"{name}.mlp", branch)
+            branch = self._mlp(f"{name}.mlp", branch)
         else:
             branch = self._experts(f"{name}.mlp", branch, routed)
         if not isinstance(norm, PreNorm):
@@ -157,10 +157,9 @@ class Reference:
         heads = [head // group for head in range(a.num_heads)]
         return q, k[:, :, heads], v[:, :, heads]
 
-    def _swiglu(self, name: str, x: Tensor) -> Tensor:
-        """SwiGLU (Shazeer 2020): the first half of the rows is the gate."""
-        gate, up = (x @ self.weights[f"{name}.linear_fc1.weight"].T).chunk(2, dim=-1)
-        return (gate * torch.sigmoid(gate) * up) @ self.weights[f"{name}.linear_fc2.weight"].T
+    def _mlp(self, name: str, x: Tensor) -> Tensor:
+        matrices = (self.weights[f"{name}.linear_fc{i}.weight"] for i in (1, 2))
+        return _swiglu(x, *matrices)
 
     def _experts(self, name: str, x: Tensor, routed: list[Routed]) -> Tensor:
         """Routed and shared experts (DeepSeek-V3, eq. 12-16), token by token and choice by choice."""
@@ -172,12 +171,12 @@ class Reference:
         for token, token_logits in zip(flat, flat_logits, strict=True):
             output = torch.zeros_like(token)
             for expert, weight in self._choose(token_logits, bias):
-                expert_name = f"{name}.experts.local_experts.{expert}"
-                output = output + weight * self._swiglu(expert_name, token)
+                matrices = (self.weights[f"{name}.experts.weight{i}"][expert] for i in (1, 2))
+                output = output + weight * _swiglu(token, *matrices)
             rows.append(output)
         output = torch.stack(rows).view_as(x)
         if self.model.experts.num_shared:
-            output = output + self._swiglu(f"{name}.shared_experts", x)
+            output = output + self._mlp(f"{name}.shared_experts", x)
         return output
 
     def _choose(self, logits_E: Tensor, bias_E: Tensor | None) -> list[tuple[int, Tensor]]:
@@ -245,6 +244,12 @@ def balancing_loss(
         )
         total = total + router.z_loss * layer.logits.logsumexp(dim=-1).square().mean()
     return total
+
+
+def _swiglu(x: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
+    """SwiGLU (Shazeer 2020): the first half of the rows is the gate."""
+    gate, up = (x @ weight1.T).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up) @ weight2.T
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
