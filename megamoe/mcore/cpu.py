@@ -1,8 +1,9 @@
-"""Make Megatron-core run on a machine without CUDA. One entry point: `enable()`.
+"""Make Megatron-core run without CUDA or without Transformer Engine. One entry point: `enable()`.
 
 Megatron-core asks for CUDA by name in about fifty files. Each patch below replaces one such name
 and says which line makes it necessary (Megatron-core 0.16.1); tests/mcore/test_cpu.py fails when
-Megatron-core no longer needs one. With CUDA present nothing is touched.
+Megatron-core no longer needs one. With CUDA present torch is not touched; two of the patches stand
+in for Transformer Engine and are needed on a GPU that lacks it, too.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ class Patch:
     name: str
     needed_by: str  # file under megatron/core: the code as it stands there
     apply: Callable[[], None]
+    for_gpu: bool = False  # changes nothing where Transformer Engine is installed
 
 
 def is_needed() -> bool:
@@ -30,10 +32,11 @@ def is_needed() -> bool:
 
 
 def enable() -> None:
-    """Apply every patch, once, where there is no CUDA; call it before building anything."""
-    if is_needed() and not _ENABLED:
+    """Apply every patch that this machine needs, once; call it before building anything."""
+    if not _ENABLED:
         for patch in PATCHES:
-            patch.apply()
+            if is_needed() or patch.for_gpu:
+                patch.apply()
         _ENABLED.append(True)
 
 
@@ -144,7 +147,8 @@ def _patch_random() -> None:
 def _patch_te_linear() -> None:
     from megatron.core.transformer import multi_latent_attention
 
-    multi_latent_attention.HAVE_TE = False
+    if not isinstance(multi_latent_attention.TELinear, type):  # it is a mock or None without
+        multi_latent_attention.HAVE_TE = False
 
 
 def _patch_router_gemm() -> None:
@@ -211,11 +215,13 @@ PATCHES = (
         "te_linear",
         "transformer/multi_latent_attention.py: isinstance(self.linear_proj, TELinear)",
         _patch_te_linear,
+        for_gpu=True,
     ),
     Patch(
         "router_gemm",
         "transformer/moe/moe_utils.py: if te_general_gemm is not None",
         _patch_router_gemm,
+        for_gpu=True,
     ),
     Patch(
         "split_sizes",

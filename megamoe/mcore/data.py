@@ -148,4 +148,8 @@ def check_shard(folder: Path, shard: Shard) -> None:
 def _batch(samples: list[dict[str, Tensor]]) -> Batch:
     names = ("tokens", "labels", "loss_mask", "position_ids")
     device = torch.cuda.current_device()
-    return {name: torch.stack([sample[name] for sample in samples]).to(device) for name in names}
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    if torch.cuda.is_available():
+        # From pageable memory a copy would wait for all work queued on the GPU.
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -57,6 +57,7 @@ class CoreAttention(nn.Module):
         """Take the window of this layer; the scale defaults to 1 / sqrt(head dim)."""
         super().__init__()
         self.window = window
+        self.kernel: str | None = None  # by name, on a GPU; None: the first that works
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
@@ -64,7 +65,9 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """Return [S, B, N * H]; the mask is implied by the window."""
         assert attention_mask is None, "causal masks are implied"
-        return causal_attention(query, key, value, window=self.window, scale=self.scale)
+        return causal_attention(
+            query, key, value, window=self.window, scale=self.scale, kernel=self.kernel
+        )
 
 
 class ReplicatedLinear(nn.Module):

@@ -42,16 +42,16 @@ def measure(
     num_layers = model.num_layers + (model.mtp.num_layers if model.mtp else 0)
     heads = 4 + len(AUX_LOSSES)
     num_experts = model.experts.num_routed
-    totals = torch.zeros(heads + num_layers * num_experts, dtype=torch.float64)
+    # All of it stays on the device until the end: a value brought to the host waits for the GPU.
+    device = torch.cuda.current_device()
+    totals = torch.zeros(heads + num_layers * num_experts, dtype=torch.float64, device=device)
     _add_losses(totals, losses)
     counts_LE = totals[heads:].view(num_layers, num_experts)
     for router in routers:
         for index, (_, name) in enumerate(AUX_LOSSES):
-            totals[4 + index] += float(router.loss_sums.get(name, 0.0))
-        counts_LE[router.layer_number - 1] += router.batch_counts_E.cpu()
-    totals = totals.to(torch.cuda.current_device())
+            totals[4 + index] += router.loss_sums.get(name, 0.0)
+        counts_LE[router.layer_number - 1] += router.batch_counts_E
     torch.distributed.all_reduce(totals)
-    counts_LE = totals[heads:].view(num_layers, num_experts)
     is_training = bool(counts_LE.any())  # an evaluation counts no tokens
     for router in routers if is_training else ():
         router.finish_batch(counts_LE[router.layer_number - 1])
@@ -61,11 +61,12 @@ def measure(
 def _add_losses(totals: Tensor, losses: list[dict[str, Tensor]]) -> None:
     """Put in [loss sum, tokens, MTP loss sum, MTP terms]; ranks of a tp group hold the same."""
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
-        totals[0] = sum(float(part["loss"]) for part in losses)
-        totals[1] = sum(int(part["tokens"]) for part in losses)
+        for part in losses:
+            totals[0] += part["loss"]
+            totals[1] += part["tokens"]
         values = MTPLossLoggingHelper.tracker.get("values")
         if values is not None:
-            totals[2] = float(values.double().mean())
+            totals[2] = values.double().mean()
             totals[3] = len(losses)
     if "values" in MTPLossLoggingHelper.tracker:
         MTPLossLoggingHelper.clean_loss_in_tracker()

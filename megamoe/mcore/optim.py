@@ -48,7 +48,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each weight of a loaded torch Adam its own step counter.
+    """Give each weight of a loaded torch Adam its own step counter, where Adam wants it.
 
     Megatron-Core 0.16.1 distrib_optimizer.py:825 puts one tensor into the state of all weights;
     Adam then counts one step for each weight, and its bias correction is lost.
@@ -56,8 +56,9 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
     for inner in (part.optimizer for part in _parts(optimizer)):
         if not _is_torch_adam(inner):
             continue
-        for state in inner.state.values():
-            state["step"] = state["step"].clone()
+        _choose_kernel(inner)  # a checkpoint brings the choice of the machine that made it
+        for weight, state in inner.state.items():
+            state["step"] = state["step"].to(_step_device(weight), copy=True)
 
 
 def _mend_torch_adam(optimizer: MegatronOptimizer) -> None:
@@ -70,14 +71,26 @@ def _mend_torch_adam(optimizer: MegatronOptimizer) -> None:
         inner = part.optimizer
         if not _is_torch_adam(inner):
             continue
+        _choose_kernel(inner)
         for group in inner.param_groups:
             for weight in group["params"]:
                 inner.state[weight] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=_step_device(weight)),
                     "exp_avg": torch.zeros_like(weight.data),
                     "exp_avg_sq": torch.zeros_like(weight.data),
                 }
         part._set_main_param_and_optimizer_states = partial(_set_states, part)
+
+
+def _choose_kernel(inner: Any) -> None:
+    """Update weights on a GPU in one pass; what torch does there unasked makes copies of them all."""
+    for group in inner.param_groups:
+        group["fused"] = True if any(weight.is_cuda for weight in group["params"]) else None
+
+
+def _step_device(weight: Tensor) -> torch.device:
+    """Return where a torch Adam keeps its step: with the weight when it works in one pass."""
+    return weight.device if weight.is_cuda else torch.device("cpu")
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Causal attention, full or within a window, on torch's scaled_dot_product_attention.
+"""Causal attention, full or within a window, on torch's own kernels.
 
 Shapes: S sequence, B batch, N query heads, M key-value heads (N a multiple of M),
 D query and key head dimension, V value head dimension, C block of queries.
@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from megamoe.nn import attention_gpu
+
 
 def causal_attention(
-    q_SBND: Tensor, k_SBMD: Tensor, v_SBMV: Tensor, *, window: int | None, scale: float
+    q_SBND: Tensor,
+    k_SBMD: Tensor,
+    v_SBMV: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    kernel: str | None = None,
 ) -> Tensor:
     """Attend to the `window` last positions, the query's own included (None: all before it).
 
@@ -20,18 +28,56 @@ def causal_attention(
         v_SBMV: values.
         window: number of keys a query sees at most.
         scale: factor of the scores before the softmax.
+        kernel: on a GPU, a name in `FULL` or `WINDOW` of megamoe/nn/attention_gpu.py, or "blocks";
+            None for the first that works.
 
     Returns:
         [S, B, N * V], dtype of the queries.
     """
     seq_len, batch, num_heads, _ = q_SBND.shape
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBMD, v_SBMV))
-    if window is None or window >= seq_len:
+    if window is not None and window >= seq_len:
+        window = None
+    if q.is_cuda and kernel is None:
+        case = attention_gpu.case_of(q, k, v, has_window=window is not None)
+        kernel = attention_gpu.choose(case)
+    if q.is_cuda and kernel != attention_gpu.BLOCKS:
+        out = attention_gpu.run(str(kernel), q, k, v, window, scale)
+    elif window is None:
         grouped = q.shape[1] != k.shape[1]
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     else:
         out = _blocked(q, k, v, window, scale)
     return out.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
+
+
+def describe(device: torch.device, key_dim: int, value_dim: int) -> dict[str, str]:
+    """Return which kernel does full attention and which a window, in bfloat16, and tries them.
+
+    Args:
+        device: where attention would run.
+        key_dim: head dimension of queries and keys.
+        value_dim: head dimension of values.
+    """
+    if device.type != "cuda":
+        return {"full": "scaled_dot_product_attention", "window": attention_gpu.BLOCKS}
+    chosen = {
+        name: attention_gpu.choose(
+            attention_gpu.Case(
+                device=device,
+                dtype=torch.bfloat16,
+                key_dim=key_dim,
+                value_dim=value_dim,
+                group=1,
+                has_window=name == "window",
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+            )
+        )
+        for name in ("full", "window")
+    }
+    # Without a kernel of its own, full attention is left to torch, which may write out all scores.
+    full = chosen["full"]
+    return chosen | {"full": "torch's choice" if full == attention_gpu.BLOCKS else full}
 
 
 def window_mask(block: int, window: int, device: torch.device) -> Tensor:

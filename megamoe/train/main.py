@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
+    if plan.deterministic and plan.cluster.device == "cuda":
+        # Read when CUDA starts; without it torch refuses matrix products in a deterministic run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from megamoe.mcore import cpu, groups
 
     cpu.enable()

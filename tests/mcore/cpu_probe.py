@@ -16,6 +16,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
     from megatron.core.tensor_parallel.mappings import all_to_all
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from megamoe.mcore import cpu, groups
@@ -56,7 +58,13 @@ def changed_by(action: Callable[[], None]) -> list[str]:
 def enable_with_cuda() -> dict[str, object]:
     """Return what `enable` replaces where torch says there is CUDA."""
     torch.cuda.is_available = lambda: True
-    return {"changed": changed_by(cpu.enable)}
+    changed = changed_by(cpu.enable)
+    has_engine = multi_latent_attention.HAVE_TE
+    return {
+        "changed": changed,
+        "uses transformer engine": has_engine,
+        "gemm": hasattr(moe_utils, "te_general_gemm"),
+    }
 
 
 def enable_without_cuda() -> dict[str, object]:

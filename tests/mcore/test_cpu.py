@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import megatron.core
@@ -24,8 +25,13 @@ def answers(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def test_nothing_is_touched_where_there_is_cuda(answers):
-    assert answers["with cuda"] == {"changed": []}
+def test_torch_is_not_touched_where_there_is_cuda(answers):
+    assert answers["with cuda"]["changed"] == []
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed")
+def test_a_gpu_without_transformer_engine_has_what_stands_in_for_it(answers):
+    assert answers["with cuda"] == {"changed": [], "uses transformer engine": False, "gemm": True}
 
 
 def test_without_cuda_every_name_is_replaced_once(answers):
