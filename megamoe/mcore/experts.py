@@ -4,7 +4,6 @@ Shapes: T tokens sorted by expert, E local experts, D hidden, F ffn of one exper
 """
 
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor, nn
 
 from megamoe.nn.grouped import grouped_linear
 
 Offset = tuple[int, int, int]  # axis, position on it, number of positions
-_EMPTY_STATES = "empty_states"
 
 
 class GroupedExperts(MegatronModule):
@@ -67,7 +64,7 @@ class GroupedExperts(MegatronModule):
         key, replica_id = f"{prefix}experts", (0, 0, self.dp_group.rank())
         build1 = partial(self._shards1, offsets=sharded_offsets)
         build2 = partial(self._shards2, offsets=sharded_offsets)
-        state: dict[str, Any] = {
+        return {
             f"{prefix}weight1": ShardedTensorFactory(
                 f"{key}.linear_fc1.weight", self.weight1, build1, _merge1, replica_id
             ),
@@ -75,22 +72,6 @@ class GroupedExperts(MegatronModule):
                 f"{key}.linear_fc2.weight", self.weight2, build2, torch.stack, replica_id
             ),
         }
-        # Megatron-core's linears store an empty state each, and ask for it when they load.
-        replica_id = (0, self.tp_group.rank(), self.dp_group.rank())
-        for expert, name in product(range(self.num_local_experts), ("linear_fc1", "linear_fc2")):
-            state[f"{prefix}{_EMPTY_STATES}.{expert}.{name}"] = make_sharded_object_for_checkpoint(
-                None,
-                f"{key}.{name}._extra_state",
-                (*sharded_offsets, self._expert_offset(expert, len(sharded_offsets))),
-                replica_id,
-            )
-        return state
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the weights; the empty states belong to nothing here."""
-        for name in [key for key in state_dict if key.startswith(f"{prefix}{_EMPTY_STATES}.")]:
-            del state_dict[name]
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _weight(self, rows: int, columns: int, *, split_dim: int) -> nn.Parameter:
         shape = (self.num_local_experts, rows, columns)

@@ -199,7 +199,7 @@ def test_a_checkpoint_of_either_kind_is_loaded_bit_for_bit_by_the_other(
     plan = tiny.tiny_plan(tmp_path / "data", **changes)
     with world_of_one(plan):
         saved = engine(plan, tmp_path / "saved", kinds[0], monkeypatch, num_steps=2)
-        folder = saved.save()
+        folder = saved.save(wait=True)
         loaded = engine(plan, tmp_path / "loaded", kinds[1], monkeypatch)
         checkpoint.load(folder, loaded.chunks, loaded.optimizer, same_layout=True)
     ours, theirs = adam(loaded), adam(saved)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.run_dir import settle_run_dir
+from megamoe.checkpoints import folder as files
 from megamoe.plan.plan import Plan
 from megamoe.train.metrics import read_records
 from tests.mcore import tiny
@@ -94,11 +95,9 @@ def _kill_one(run_dir: Path, chance: random.Random, *, while_saving: bool) -> No
     _wait_for(lambda: _ranks(run_dir), process)  # none between two segments
     os.kill(chance.choice(_ranks(run_dir)), signal.SIGKILL)
     assert process.wait(timeout=60) != 0
-    pointer = run_dir / "checkpoints" / "latest"
-    if pointer.exists():  # what `latest` names is always whole
-        named = run_dir / "checkpoints" / pointer.read_text().strip()
-        assert (named / "progress.json").is_file()
-        assert (named / "metadata.json").is_file()
+    newest = files.latest(run_dir / "checkpoints")
+    if newest is not None:
+        files.verify(newest)
 
 
 @pytest.mark.slow
