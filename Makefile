@@ -11,18 +11,22 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 TORCH ?= torch==2.13.0
 # Of `make test`: ARGS='tests/unit -k recipe'.
 ARGS ?=
+# The other backbone: what the newest Megatron-core, which has no wheel for Python 3.11, is tested with.
+PYTHON_LATEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
+MEGATRON_LATEST ?= megatron-core>=0.19,<0.20
 
 BIN := .venv/bin
 READY := .venv/installed
+LATEST := .venv-latest
 SAMPLE := data/sample
 RUN := runs/tiny
 CODE := megamoe launch model_configs data_prep kernels tests
 TOKENIZE := $(BIN)/megamoe data tokenize --tokenizer data/tokenizer -o $(SAMPLE).partial --heldout 0.03 --fim
 
-.PHONY: help setup train data test test-gpu check lint types imports format plans clean
+.PHONY: help setup train data test test-latest test-gpu check lint types imports format plans clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## create .venv and install everything
 
@@ -41,6 +45,9 @@ data: $(SAMPLE)/manifest.json ## tokenise the sample corpus into data/sample
 
 test: $(READY) ## run the test suite; ARGS='tests/unit -k recipe' for a part of it
 	$(BIN)/python -m pytest $(ARGS)
+
+test-latest: $(LATEST)/installed ## the test suite on Python 3.12 and the newest Megatron-core
+	$(LATEST)/bin/python -m pytest $(ARGS)
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -66,7 +73,7 @@ plans: $(READY) ## renew the golden plans and the README's table of recipes
 	$(BIN)/python -m tests.unit.test_plan_golden
 	$(BIN)/python -m tests.unit.test_repository
 
-clean: ## remove caches; .venv, data and runs stay
+clean: ## remove caches; .venv, .venv-latest, data and runs stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
@@ -75,6 +82,13 @@ $(READY): setup.py pyproject.toml
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(LATEST)/installed: setup.py pyproject.toml
+	@echo "installing into $(LATEST) with $(PYTHON_LATEST); the first time takes minutes and gigabytes"
+	test -x $(LATEST)/bin/pip || $(PYTHON_LATEST) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(LATEST)/bin/pip install --quiet --disable-pip-version-check -e '.[dev]' '$(MEGATRON_LATEST)'
 	touch $@
 
 # Made beside its place and moved there whole.

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megamoe.checkpoints.manifest import check_file, read_manifest
 from megamoe.errors import CheckpointError, MegamoeError
 from megamoe.mcore import groups
+from megamoe.mcore.compat import loading_checkpoint
 from megamoe.mcore.model import unwrap
 from megamoe.mcore.optim import separate_steps
 from megamoe.mcore.shards import careful_reading
@@ -79,7 +80,7 @@ def load(
     if same_layout:
         state["random"] = random_state
     try:
-        with careful_reading():
+        with careful_reading(), loading_checkpoint():
             loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:  # the latter is no Exception in torch 2.13
         raise CheckpointError(f"{folder} cannot be loaded: {cause(error)}") from error

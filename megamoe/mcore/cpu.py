@@ -1,9 +1,10 @@
 """Make Megatron-core run without CUDA or without Transformer Engine. One entry point: `enable()`.
 
 Megatron-core asks for CUDA by name in about fifty files. Each patch below replaces one such name
-and says which line makes it necessary (Megatron-core 0.16.1); tests/mcore/test_cpu.py fails when
-Megatron-core no longer needs one. With CUDA present torch is not touched; two of the patches stand
-in for Transformer Engine and are needed on a GPU that lacks it, too.
+and says which line makes it necessary (Megatron-core 0.16.1; in 0.19.2 too, unless it names the
+version without the need). tests/mcore/test_cpu.py fails when the installed Megatron-core no longer
+needs one. With CUDA present torch is not touched; two of the patches stand in for Transformer
+Engine and are needed on a GPU that lacks it, too.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ class Patch:
     needed_by: str  # file under megatron/core: the code as it stands there
     apply: Callable[[], None]
     for_gpu: bool = False  # changes nothing where Transformer Engine is installed
+    fixed_in: tuple[int, int] | None = None  # the first version that does without
 
 
 def is_needed() -> bool:
@@ -34,10 +36,17 @@ def is_needed() -> bool:
 def enable() -> None:
     """Apply every patch that this machine needs, once; call it before building anything."""
     if not _ENABLED:
-        for patch in PATCHES:
+        for patch in needed_patches():
             if is_needed() or patch.for_gpu:
                 patch.apply()
         _ENABLED.append(True)
+
+
+def needed_patches() -> list[Patch]:
+    """Return the patches that the installed Megatron-core needs."""
+    from megatron.core.package_info import VERSION
+
+    return [patch for patch in PATCHES if patch.fixed_in is None or VERSION[:2] < patch.fixed_in]
 
 
 class _Event:
@@ -216,12 +225,14 @@ PATCHES = (
         "transformer/multi_latent_attention.py: isinstance(self.linear_proj, TELinear)",
         _patch_te_linear,
         for_gpu=True,
+        fixed_in=(0, 17),  # :61 there binds TELinear to None instead of a mock
     ),
     Patch(
         "router_gemm",
         "transformer/moe/moe_utils.py: if te_general_gemm is not None",
         _patch_router_gemm,
         for_gpu=True,
+        fixed_in=(0, 17),  # :52 there binds te_general_gemm to None
     ),
     Patch(
         "split_sizes",

@@ -31,7 +31,8 @@ class _Float64GradBuffer(_ParamAndGradBuffer):
 def float64_gradients() -> Iterator[None]:
     """Give models wrapped inside it gradient buffers in float64.
 
-    Megatron-Core 0.16.1 distributed_data_parallel.py:147 knows float32 and the weights' dtype only.
+    Megatron-Core 0.16.1 distributed_data_parallel.py:147 (0.19.2: param_and_grad_buffer.py:917)
+    knows float32 and the weights' dtype only.
     """
     distributed_data_parallel._ParamAndGradBuffer = _Float64GradBuffer
     try:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megamoe.mcore.compat import SpecifiedLatentAttention
 from megamoe.nn.attention import causal_attention
 from megamoe.nn.norm import RMSNorm
 from megamoe.nn.residual import NormedResidual
@@ -21,8 +21,8 @@ from megamoe.recipe import Rope
 class Norm(RMSNorm):
     """RMSNorm that works under sequence parallelism.
 
-    Megatron-Core 0.16.1 transformer/torch_norm.py:26 refuses zero-centred weights and sequence
-    parallelism without Transformer Engine.
+    Megatron-Core 0.16.1 transformer/torch_norm.py:26 (0.19.2: 44) refuses zero-centred weights and
+    sequence parallelism without Transformer Engine.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -42,7 +42,7 @@ class OutputNormResidual(NormedResidual):
 class CoreAttention(nn.Module):
     """Causal attention within a window or over everything, on torch's own kernels.
 
-    Megatron-Core 0.16.1 transformer/dot_product_attention.py takes neither the head sizes of MLA
+    Megatron-Core 0.16.1 and 0.19.2 transformer/dot_product_attention.py takes neither the head sizes of MLA
     (k_channels, v_channels) nor a window per layer.
     """
 
@@ -84,12 +84,12 @@ class ReplicatedLinear(nn.Module):
         return nn.functional.linear(x, self.weight), None
 
 
-class LatentAttention(MLASelfAttention):
+class LatentAttention(SpecifiedLatentAttention):
     """MLA whose rotary positions belong to the layer, not to the model.
 
     The down-projections are replicated: with column-parallel ones, the only choice without
-    Transformer Engine, Megatron-Core 0.16.1 multi_latent_attention.py:612 gathers the rotary key
-    and never sums its gradient over the heads of the other tensor-parallel ranks.
+    Transformer Engine, Megatron-Core 0.16.1 multi_latent_attention.py:612 (0.19.2: 739) gathers the
+    rotary key and never sums its gradient over the heads of the other tensor-parallel ranks.
     """
 
     def __init__(self, *args: Any, rope: Rope | None, interpolation: float, **options: Any) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
+from megamoe.mcore.compat import layer_index, take_mtp_losses
 from megamoe.mcore.router import BalancedRouter
 from megamoe.recipe import Model
 
@@ -50,26 +50,24 @@ def measure(
     for router in routers:
         for index, (_, name) in enumerate(AUX_LOSSES):
             totals[4 + index] += router.loss_sums.get(name, 0.0)
-        counts_LE[router.layer_number - 1] += router.batch_counts_E
+        counts_LE[layer_index(router, model.num_layers)] += router.batch_counts_E
     torch.distributed.all_reduce(totals)
     is_training = bool(counts_LE.any())  # an evaluation counts no tokens
     for router in routers if is_training else ():
-        router.finish_batch(counts_LE[router.layer_number - 1])
+        router.finish_batch(counts_LE[layer_index(router, model.num_layers)])
     return _summary(totals[:heads].tolist(), counts_LE, is_training=is_training)
 
 
 def _add_losses(totals: Tensor, losses: list[dict[str, Tensor]]) -> None:
     """Put in [loss sum, tokens, MTP loss sum, MTP terms]; ranks of a tp group hold the same."""
+    mtp_losses = take_mtp_losses()
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         for part in losses:
             totals[0] += part["loss"]
             totals[1] += part["tokens"]
-        values = MTPLossLoggingHelper.tracker.get("values")
-        if values is not None:
-            totals[2] = values.double().mean()
+        if mtp_losses is not None:
+            totals[2] = mtp_losses.double().mean()
             totals[3] = len(losses)
-    if "values" in MTPLossLoggingHelper.tracker:
-        MTPLossLoggingHelper.clean_loss_in_tracker()
 
 
 def _routers(chunks: list[DistributedDataParallel]) -> Iterator[BalancedRouter]:

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megamoe.mcore.compat import Layers, language_model
 from megamoe.mcore.config import transformer_config
 from megamoe.mcore.exact import float64_gradients
 from megamoe.mcore.init import initialize
@@ -33,7 +34,7 @@ def build_model(plan: Plan, segment: Segment) -> list[DistributedDataParallel]:
         ]
 
 
-def unwrap(chunk: Any) -> GPTModel:
+def unwrap(chunk: Any) -> LanguageModule:
     """Return the model inside its wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
@@ -42,19 +43,21 @@ def unwrap(chunk: Any) -> GPTModel:
 
 def _chunk(
     config: TransformerConfig, plan: Plan, segment: Segment, vp_stage: int | None
-) -> GPTModel:
+) -> LanguageModule:
     is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config, plan.model, segment, vp_stage),
+    model = language_model(
+        config,
+        Layers(
+            block=block_spec(config, plan.model, segment, vp_stage),
+            mtp_block_spec=mtp_spec(config, plan.model, segment),
+        ),
         vocab_size=plan.model.vocab_size,
         max_sequence_length=segment.seq_len,
         pre_process=is_first,
         post_process=is_last,
         share_embeddings_and_output_weights=plan.model.tied_embeddings,
         position_embedding_type="none",  # positions belong to the layers
-        mtp_block_spec=mtp_spec(config, plan.model, segment) if is_last else None,
         vp_stage=vp_stage,
     )
     return model.to(torch.cuda.current_device())

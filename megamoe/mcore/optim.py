@@ -50,8 +50,8 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 def separate_steps(optimizer: MegatronOptimizer) -> None:
     """Give each weight of a loaded torch Adam its own step counter, where Adam wants it.
 
-    Megatron-Core 0.16.1 distrib_optimizer.py:825 puts one tensor into the state of all weights;
-    Adam then counts one step for each weight, and its bias correction is lost.
+    Megatron-Core 0.16.1 distrib_optimizer.py:825 (0.19.2: 1032) puts one tensor into the state of
+    all weights; Adam then counts one step for each weight, and its bias correction is lost.
     """
     for inner in (part.optimizer for part in _parts(optimizer)):
         if not _is_torch_adam(inner):
@@ -64,8 +64,9 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 def _mend_torch_adam(optimizer: MegatronOptimizer) -> None:
     """Let the state of a torch Adam be saved before its first step, and loaded.
 
-    Megatron-Core 0.16.1 distrib_optimizer.py:642 reads the state's `step` where a torch Adam that
-    has made no step has none; :940 then looks for it among loaded tensors, where it never is.
+    Megatron-Core 0.16.1 distrib_optimizer.py:642 (0.19.2: 839) reads the state's `step` where a
+    torch Adam that has made no step has none; :940 (0.19.2: 1223) then looks for it among loaded
+    tensors, where it never is.
     """
     for part in _parts(optimizer):
         inner = part.optimizer

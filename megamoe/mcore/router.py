@@ -12,9 +12,9 @@ class BalancedRouter(TopKRouter):
     """Top-k routing that counts its tokens and balances over the global batch.
 
     The global aux loss (Qiu et al. 2025, "Demons in the detail") weighs each expert's mean score
-    by its share f of the tokens of the global batch. Megatron-Core 0.16.1 router.py adds up f over
-    the micro-batches seen so far, so that the gradient depends on how a batch is cut into ranks
-    and micro-batches. Here f is that of the global batch before, known alike to every layout, as
+    by its share f of the tokens of the global batch. Megatron-Core 0.16.1 router.py (0.19.2: 526)
+    adds up f over the micro-batches seen so far, so that the gradient depends on how a batch is cut
+    into ranks and micro-batches. Here f is that of the global batch before, known alike to every layout, as
     the expert bias is (DeepSeek-V3, 2.1.2); in the first step f is even and the loss is flat.
     """
 
@@ -84,7 +84,8 @@ class BalancedRouter(TopKRouter):
 
         The parts of the group add up to the loss (Megatron-Core 0.16.1 moe_utils.py
         switch_load_balancing_loss_func with total_num_tokens), so each is weighted with the tokens
-        of the whole group; router.py weights with the rank's own and loses a factor tp x cp.
+        of the whole group; 0.16.1 router.py weights with the rank's own and loses a factor tp x cp,
+        0.19.2 (router.py:633) weights as here.
         """
         group_tokens = activation.shape[0] * self.tp_cp_group.size()
         return self._attach(activation, aux_loss, aux_loss_name, group_tokens)

@@ -5,15 +5,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
-    MultiTokenPredictionLayerSubmodules,
-)
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -26,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megamoe.mcore.compat import dense_mlp_spec, mtp_layer_spec
 from megamoe.mcore.experts import GroupedExperts
 from megamoe.mcore.layer import (
     CoreAttention,
@@ -58,17 +55,10 @@ def mtp_spec(
     """Return the multi-token prediction layers, or None; they attend to everything."""
     if model.mtp is None:
         return None
-    layer = ModuleSpec(
-        module=MultiTokenPredictionLayer,
-        submodules=MultiTokenPredictionLayerSubmodules(
-            enorm=Norm,
-            hnorm=Norm,
-            eh_proj=ColumnParallelLinear,
-            transformer_layer=layer_spec(
-                config, model, segment, is_local=False, is_dense=model.mtp.ffn == "dense"
-            ),
-            layer_norm=Norm,
-        ),
+    layer = mtp_layer_spec(
+        norm=Norm,
+        projection=ColumnParallelLinear,
+        layer=layer_spec(config, model, segment, is_local=False, is_dense=model.mtp.ffn == "dense"),
     )
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.mtp.num_layers)
 
@@ -85,7 +75,7 @@ def layer_spec(
             self_attention=_attention(model, segment, is_local=is_local),
             self_attn_bda=normed if isinstance(model.norm, PeriNorm) else get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=_dense_mlp() if is_dense else _experts(),
+            mlp=dense_mlp_spec(_linears()) if is_dense else _experts(),
             mlp_bda=get_bias_dropout_add if isinstance(model.norm, PreNorm) else normed,
         ),
     )
@@ -126,10 +116,6 @@ def _attention(model: Model, segment: Segment, *, is_local: bool) -> ModuleSpec:
             k_layernorm=qk_norm,
         ),
     )
-
-
-def _dense_mlp() -> ModuleSpec:
-    return ModuleSpec(module=MLP, submodules=_linears())
 
 
 def _experts() -> ModuleSpec:

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megamoe.checkpoints import folder as files
 from megamoe.checkpoints.manifest import HashingFile
 from megamoe.errors import CheckpointError
-from megamoe.mcore import checkpoint, optim, shards
+from megamoe.mcore import checkpoint, compat, optim, shards
+from megamoe.mcore.config import transformer_config
 from megamoe.mcore.engine import Engine
 from megamoe.mcore.shards import METADATA, ShardReader
 from megamoe.recipe import Bf16, Fp32
@@ -246,3 +248,21 @@ def test_megatron_still_cannot_load_a_torch_adam(plan, tmp_path):
         del part._set_main_param_and_optimizer_states  # what optim._mend_torch_adam put there
     with pytest.raises(KeyError, match="step"):
         checkpoint.load(folder, engine.chunks, engine.optimizer, same_layout=True)
+
+
+@pytest.mark.parametrize("layer", [ColumnParallelLinear, RowParallelLinear])
+def test_megatron_0_16_still_takes_experts_for_replicated_weights_without_expert_parallelism(
+    plan, layer
+):
+    # tp 2 and etp 1: each tp rank holds whole experts.
+    whole = transformer_config(plan, plan.segments[0])
+    config = replace(whole, tensor_model_parallel_size=2, sequence_parallel=True)
+    side = {ColumnParallelLinear: {}, RowParallelLinear: {"input_is_parallel": True}}[layer]
+    expert = layer(
+        8, 8, config=config, init_method=torch.nn.init.zeros_, bias=False, skip_bias_add=True,
+        is_expert=True, **side,
+    )  # fmt: skip
+    is_replicated = expert.weight.allreduce
+    assert is_replicated == (compat.MEGATRON_CORE < (0, 19)), (
+        "which versions need the mark in megamoe/mcore/experts.py has changed: it is dropped with the last of them"
+    )

@@ -108,17 +108,27 @@ def run_megatron(chunk: torch.nn.Module, seq_len: int) -> Run:
     losses_BS = chunk(tokens, position_ids, None, labels=labels, loss_mask=mask)
     (losses_BS * mask).sum().backward()
     gradients = {
-        name: weight.main_grad.clone() for name, weight in unwrap(chunk).named_parameters()
+        reference_name(name): weight.main_grad.clone()
+        for name, weight in unwrap(chunk).named_parameters()
     }
     return Run(losses_BS.detach(), gradients)
 
 
 def reference_weights(chunk: torch.nn.Module) -> dict[str, Tensor]:
     state = unwrap(chunk).state_dict()
-    weights = {name: x.detach().double() for name, x in state.items() if isinstance(x, Tensor)}
+    weights = {
+        reference_name(name): x.detach().double()
+        for name, x in state.items()
+        if isinstance(x, Tensor)
+    }
     for name, _ in unwrap(chunk).named_parameters():
-        weights[name].requires_grad_()
+        weights[reference_name(name)].requires_grad_()
     return weights
+
+
+def reference_name(name: str) -> str:
+    """Return the reference's name of a weight: that of Megatron-core 0.16.1."""
+    return name.replace(".mtp_model_layer.", ".transformer_layer.")
 
 
 def run_reference(reference: Reference, segment: Segment, seq_len: int) -> Run:
