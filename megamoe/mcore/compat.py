@@ -14,9 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-    CachedMetadataFileSystemReader,
-)
 from megatron.core.package_info import VERSION
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -100,7 +97,7 @@ def mtp_layer_spec(*, norm: type, projection: type, layer: ModuleSpec) -> Module
 
 def dense_mlp_spec(linears: MLPSubmodules) -> Any:
     """Return a dense MLP; 0.19.2 transformer/transformer_layer.py:429 warns about its ModuleSpec."""
-    if MEGATRON_CORE < (0, 19):
+    if MEGATRON_CORE < (0, 18):
         return ModuleSpec(module=MLP, submodules=linears)
     return partial(MLP.as_mlp_submodule, submodules=linears)
 
@@ -122,16 +119,11 @@ def take_mtp_losses() -> Tensor | None:
 
 @contextmanager
 def loading_checkpoint() -> Iterator[None]:
-    """Let a checkpoint be loaded inside it as 0.16.1 does: its own metadata, no warning.
+    """Keep torch from warning of how 0.19.2 calls it to load a checkpoint.
 
-    dist_checkpointing/strategies/cached_metadata_filesystem_reader.py:42 of 0.19.2 (since 0.17.1)
-    keeps metadata by path, and by None where it is told to keep none, which is what its load asks
-    for: the second checkpoint a process loads is read with the metadata of the first. And
-    dist_checkpointing/strategies/torch.py:979 loads on each rank for itself, with the arguments in
-    an order that has changed; torch warns of both.
+    dist_checkpointing/strategies/torch.py:979 has each rank load for itself (`no_dist`), as
+    serialization.py:229 does, and gives the arguments in an order that has changed.
     """
-    if MEGATRON_CORE >= (0, 17):
-        CachedMetadataFileSystemReader.clear_metadata_cache()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="The argument order of load has been changed")
