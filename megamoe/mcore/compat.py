@@ -119,10 +119,10 @@ def take_mtp_losses() -> Tensor | None:
 
 @contextmanager
 def loading_checkpoint() -> Iterator[None]:
-    """Keep torch from warning of how 0.19.2 calls it to load a checkpoint.
+    """Keep torch from warning, inside it, of how 0.19.2 loads a checkpoint.
 
-    dist_checkpointing/strategies/torch.py:979 has each rank load for itself (`no_dist`), as
-    serialization.py:229 does, and gives the arguments in an order that has changed.
+    dist_checkpointing/strategies/torch.py:979 loads on each rank for itself, with the arguments in
+    an order that has changed.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -169,7 +169,9 @@ def write_shards(
 def careful_reading() -> Iterator[None]:
     """Have Megatron-core read checkpoints with `ShardReader`.
 
-    Megatron-Core 0.16.1 strategies/torch.py:787 makes a reader of torch's that unpickles anything.
+    Megatron-Core 0.16.1 dist_checkpointing/strategies/torch.py:750 makes a reader of torch's, which
+    unpickles anything; 0.19.2 (:902) one that also keeps the metadata of the first checkpoint a
+    process loads for those that follow.
     """
     original = torch_strategy._get_filesystem_reader
     torch_strategy._get_filesystem_reader = lambda folder, *_, **__: ShardReader(folder)
