@@ -20,10 +20,10 @@ READY := .venv/installed
 LATEST := .venv-latest
 SAMPLE := data/sample
 RUN := runs/tiny
-CODE := megamoe launch model_configs data_prep kernels tests
+CODE := megamoe launch model_configs data_prep kernels benchmarks tests
 TOKENIZE := $(BIN)/megamoe data tokenize --tokenizer data/tokenizer -o $(SAMPLE).partial --heldout 0.03 --fim
 
-.PHONY: help setup train data test test-latest test-gpu check lint types imports format plans clean
+.PHONY: help setup train data test test-latest test-gpu gpu-check check lint types imports format plans clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ test-latest: $(LATEST)/installed ## the test suite on Python 3.12 and the newest
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-check: $(READY) ## measure training steps on a GPU; without: ARGS='--device cpu --scale tiny'
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 check: lint types imports test ## everything CI checks
 

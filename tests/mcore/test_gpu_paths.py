@@ -44,6 +44,7 @@ def test_adam_in_one_pass_makes_the_same_steps(plan, tmp_path, one_pass, monkeyp
 def test_a_run_with_adam_in_one_pass_continues_bit_for_bit(plan, tmp_path, one_pass):
     with world_of_one(plan):
         uninterrupted = everything(train(plan, tmp_path / "whole", 4))
+    with world_of_one(plan):
         train(plan, tmp_path / "half", 2).save()
         continued = everything(train(plan, tmp_path / "half", 2))
     assert uninterrupted.keys() == continued.keys()

@@ -1,0 +1,121 @@
+"""The measurement for a GPU, run at a tiny size without one: it ends, and its figures add up."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.breakdown import Breakdown
+from benchmarks.gpu_check import main
+from benchmarks.megamoe_step import STATE_BYTES, Load, layer_counts, layers_that_fit
+from benchmarks.record import Record
+from megamoe.recipe.load import load_recipe
+
+REPOSITORY = Path(__file__).parents[2]
+TRANSFORMERS = "transformers, random, natural routing"
+STEPS = ["random, natural routing", "random, balanced routing", "sample text, natural routing"]
+STEPS += [TRANSFORMERS] if find_spec("transformers") else []
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    path = tmp_path_factory.mktemp("check") / "result.json"
+    arguments = "--device cpu --scale tiny --sequences 2 --steps 2 --warmup 1"
+    command = [sys.executable, "benchmarks/gpu_check.py", *arguments.split(), "-o", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_figures_of_a_case_are_finite_and_agree(result, name):
+    case = result["cases"][name]
+    seconds = case["step_seconds"]
+    assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"] < math.inf
+    assert case["tokens_per_step"] == result["sequences_per_step"] * result["seq_len"]
+    assert case["tokens_per_s"] == pytest.approx(case["tokens_per_step"] / seconds["median"])
+    assert 0 < case["model_tflop_per_s"] < math.inf
+    # ln of the vocabulary, about 8.3, is what a model says that knows nothing.
+    assert 0 < case["loss"]["last"] < 1.2 * math.log(4096)
+    assert case["mfu"]["of 989.4 TFLOP/s"] is None, "a GPU's peak says nothing about a CPU"
+
+
+def test_what_was_measured_is_told(result):
+    assert result["device"] == "cpu"
+    assert result["scale"] == "tiny"
+    assert result["layers"] == result["layers_of_recipe"]
+    for name in ("torch", "numpy", "megatron-core", "python"):
+        assert result["versions"][name]
+    assert "gpu_check.py" in result["command"]
+
+
+def test_the_parts_of_a_step_take_no_longer_than_the_step(result):
+    kinds = result["cases"]["breakdown"]["kinds"]
+    whole = kinds["whole step"]["step_ms"]
+    apart = ("attention", "moe layer", "output layer")  # none is inside another
+    parts = [kinds[kind][f"{way}_ms"] for kind in apart for way in ("forward", "backward")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) + kinds["optimizer"]["step_ms"] <= whole
+    for kind in apart:
+        assert kinds[kind]["forward_calls"] == kinds[kind]["backward_calls"]
+
+
+def test_balanced_routing_is_more_even_than_none(result):
+    natural, balanced = (result["cases"][name]["expert_load"]["max"] for name in STEPS[:2])
+    assert 1 <= balanced < natural
+
+
+def test_transformers_is_measured_or_its_absence_told(result):
+    case = result["cases"][TRANSFORMERS]
+    if find_spec("transformers"):
+        assert case["experts_implementation"] == "grouped_mm"
+        # The same matrices; norms, and biases of the router, differ.
+        assert case["parameters"] == pytest.approx(result["parameters"], rel=1e-2)
+    else:
+        assert case == {"skipped": "transformers is not installed"}
+
+
+def test_without_cuda_it_says_what_to_give(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    assert main(["--device", "cuda"]) == 2
+    assert "give --device cpu --scale tiny" in capsys.readouterr().err
+
+
+def test_layers_are_added_in_whole_periods_until_memory_is_full():
+    recipe = load_recipe("vaetki_7b_a1b").recipe
+    load = Load(sequences=8, micro_batch=1, warmup=1, count=1)
+    assert layer_counts(recipe) == [6, 12, 18, 24]
+    assert layers_that_fit(recipe, load, 10**13) == 24
+    assert layers_that_fit(recipe, load, 0) == 6
+    # All states of 7.25e9 parameters alone would take 130.5 GB.
+    assert STATE_BYTES * recipe.published.total_params > 130e9
+    assert layers_that_fit(recipe, load, 130 * 10**9) < 24
+
+
+def test_every_case_leaves_a_whole_file(tmp_path):
+    record = Record(tmp_path / "results" / "x.json", {"device": "cpu"})
+    for count in (1, 2):
+        record.add(f"case {count}", {"value": count})
+        assert len(json.loads(record.path.read_text())["cases"]) == count
+    assert [path.name for path in record.path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_module_is_timed_in_both_directions_and_no_longer_than_it_is_watched():
+    linear = torch.nn.Linear(4, 4)
+    breakdown = Breakdown(CPU)
+    x = torch.randn(2, 4, requires_grad=True)
+    with breakdown.watch({"linear": [linear]}):
+        linear(x).sum().backward()
+    linear(x).sum().backward()
+    [(kind, found)] = breakdown.milliseconds().items()
+    assert kind == "linear"
+    assert found["forward_calls"] == found["backward_calls"] == 1
+    assert found["forward_ms"] > 0
+    assert found["backward_ms"] > 0
