@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from benchmarks.record import Record, describe_machine, result_path, say  # noqa: E402
 from benchmarks.timing import matmul_ceiling  # noqa: E402
 
+MATRIX_PRODUCT = "matrix product"
 PEAK_BF16 = 989.4e12  # dense bfloat16 of H100 and H200 SXM, NVIDIA's data sheets
 EPILOG = """example (one GPU, the recipe's sizes, result in benchmarks/results):
   python benchmarks/gpu_check.py
@@ -90,8 +91,8 @@ class Check:
             "sequences_per_step": self.load.sequences,
         }
         size = 8192 if self.device.type == "cuda" else 256
-        self.case("matrix product", lambda: matmul_ceiling(self.device, size))
-        measured = self.record.result["cases"]["matrix product"].get("tflop_per_s")
+        self.case(MATRIX_PRODUCT, lambda: matmul_ceiling(self.device, size))
+        measured = self.record.result["cases"][MATRIX_PRODUCT].get("tflop_per_s")
         self.peaks = {
             "of 989.4 TFLOP/s": PEAK_BF16 if self.device.type == "cuda" else None,
             "of the matrix product": measured * 1e12 if measured else None,
@@ -135,8 +136,7 @@ class Check:
                     self._cases(plan, folder / str(num_layers))
             except torch.OutOfMemoryError as error:
                 say(f"{num_layers} layers do not fit: {str(error).splitlines()[0]}")
-                self.record.result.setdefault("out_of_memory_at_layers", []).append(num_layers)
-                self.record.save()
+                self.record.give_up({"layers": num_layers}, keep=(MATRIX_PRODUCT,))
             else:
                 return num_layers
             gc.collect()

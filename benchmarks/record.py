@@ -29,6 +29,14 @@ class Record:
         self.result["cases"][name] = value
         self.save()
 
+    def give_up(self, what: dict[str, Any], keep: tuple[str, ...]) -> None:
+        """Set the cases aside, but for some: memory ran out, and they are tried with less."""
+        cases = self.result["cases"]
+        aside = {name: value for name, value in cases.items() if name not in keep}
+        self.result.setdefault("out_of_memory", []).append({**what, "cases": aside})
+        self.result["cases"] = {name: value for name, value in cases.items() if name in keep}
+        self.save()
+
     def save(self) -> None:
         """Write the file, if there is one."""
         if self.path is None:

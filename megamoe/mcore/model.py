@@ -13,6 +13,7 @@ from torch import nn
 
 from megamoe.mcore.compat import Layers, language_model
 from megamoe.mcore.config import transformer_config
+from megamoe.mcore.dispatch import use_local_dispatch
 from megamoe.mcore.exact import float64_gradients
 from megamoe.mcore.init import initialize
 from megamoe.mcore.spec import block_spec, mtp_spec
@@ -60,6 +61,7 @@ def _chunk(
         position_embedding_type="none",  # positions belong to the layers
         vp_stage=vp_stage,
     )
+    use_local_dispatch(model)
     return model.to(torch.cuda.current_device())
 
 

@@ -144,7 +144,7 @@ def _flash_window(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: fl
     assert window is not None
     width, seq_len = v.shape[-1], q.shape[2]
     q, k, v = (x.transpose(1, 2) for x in _widened(q, k, v))
-    output: Tensor = torch.ops.aten._flash_attention_forward(
+    output: Tensor = torch.ops.aten._flash_attention_forward.default(
         *(q, k, v, None, None, seq_len, seq_len, 0.0, True, False),
         scale=scale,
         window_size_left=window - 1,

@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu_check, megamoe_step
 from benchmarks.breakdown import Breakdown
 from benchmarks.gpu_check import main
 from benchmarks.megamoe_step import STATE_BYTES, Load, layer_counts, layers_that_fit
@@ -105,6 +107,51 @@ def test_every_case_leaves_a_whole_file(tmp_path):
         record.add(f"case {count}", {"value": count})
         assert len(json.loads(record.path.read_text())["cases"]) == count
     assert [path.name for path in record.path.parent.iterdir()] == ["x.json"]
+
+
+def test_cases_of_a_model_that_did_not_fit_are_set_aside():
+    record = Record(None, {})
+    for name in ("ceiling", "steps"):
+        record.add(name, {"value": name})
+    record.give_up({"layers": 24}, keep=("ceiling",))
+    assert record.result == {
+        "cases": {"ceiling": {"value": "ceiling"}},
+        "out_of_memory": [{"layers": 24, "cases": {"steps": {"value": "steps"}}}],
+    }
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_fewer_layers_are_tried_when_memory_runs_out(tmp_path, monkeypatch, failures):
+    arguments = "--device cpu --recipe vaetki_7b_a1b --layers 24"
+    check = gpu_check.Check(gpu_check._parse(arguments.split()), CPU, Record(None, {}))
+    tried = []
+
+    def cases(self, plan, folder):
+        tried.append(plan.model.num_layers)
+        if len(tried) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_check.Check, "_cases", cases)
+    monkeypatch.setattr(megamoe_step, "world_of_one", lambda *_: nullcontext())
+    assert check.megamoe(tmp_path) == [24, 18, 12][failures]
+    assert tried == [24, 18, 12][: failures + 1]
+    assert len(check.record.result["out_of_memory"]) == failures
+
+
+def test_no_case_begins_after_the_time_limit():
+    arguments = "--device cpu --scale tiny --time-limit 0"
+    check = gpu_check.Check(gpu_check._parse(arguments.split()), CPU, Record(None, {}))
+    check.case("late", lambda: {"value": 1})
+    assert check.record.result["cases"] == {"late": {"skipped": "time limit of 0.0 s"}}
+
+
+def test_a_case_that_fails_is_kept_and_does_not_end_the_others():
+    def fail():
+        raise ValueError("no such kernel\nand more")
+
+    check = gpu_check.Check(gpu_check._parse(["--device", "cpu"]), CPU, Record(None, {}))
+    check.case("bad", fail)
+    assert check.record.result["cases"]["bad"]["failed"] == "ValueError: no such kernel"
 
 
 def test_a_module_is_timed_in_both_directions_and_no_longer_than_it_is_watched():
