@@ -32,7 +32,11 @@ class GroupedExperts(MegatronModule):
     """
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: Any
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: Any,
+        **_: Any,  # name: Megatron-Core 0.19.2 transformer/moe/moe_layer.py gives one
     ) -> None:
         """Make room for this rank's experts, or for its part of each with etp above 1."""
         super().__init__(config=config)

@@ -45,7 +45,7 @@ def test_a_run_with_adam_in_one_pass_continues_bit_for_bit(plan, tmp_path, one_p
     with world_of_one(plan):
         uninterrupted = everything(train(plan, tmp_path / "whole", 4))
     with world_of_one(plan):
-        train(plan, tmp_path / "half", 2).save()
+        train(plan, tmp_path / "half", 2).save(wait=True)
         continued = everything(train(plan, tmp_path / "half", 2))
     assert uninterrupted.keys() == continued.keys()
     differing = [n for n in continued if not torch.equal(continued[n], uninterrupted[n])]
@@ -56,7 +56,7 @@ def test_a_checkpoint_of_a_gpu_does_not_bring_its_kernel_along(
     plan, tmp_path, one_pass, monkeypatch
 ):
     with world_of_one(plan):
-        folder = train(plan, tmp_path / "gpu", 1).save()
+        folder = train(plan, tmp_path / "gpu", 1).save(wait=True)
         monkeypatch.undo()
         engine = Engine(plan, plan.segments[0], tmp_path / "cpu")
         checkpoint.load(folder, engine.chunks, engine.optimizer, same_layout=True)
