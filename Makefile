@@ -23,10 +23,10 @@ RUN := runs/tiny
 CODE := megamoe launch model_configs data_prep kernels benchmarks tests
 TOKENIZE := $(BIN)/megamoe data tokenize --tokenizer data/tokenizer -o $(SAMPLE).partial --heldout 0.03 --fim
 
-.PHONY: help setup train data test test-latest test-gpu gpu-check check lint types imports format plans clean
+.PHONY: help setup train data test test-latest test-gpu gpu-check bench-overhead check lint types imports format plans clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## create .venv and install everything
 
@@ -54,6 +54,9 @@ test-gpu: $(READY) ## run the tests that need a GPU
 
 gpu-check: $(READY) ## measure training steps on a GPU; without: ARGS='--device cpu --scale tiny'
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+bench-overhead: $(READY) $(SAMPLE)/manifest.json ## time our training step against a bare one
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loop_overhead --data $(SAMPLE) -o benchmarks/results/loop_overhead.json
 
 check: lint types imports test ## everything CI checks
 
