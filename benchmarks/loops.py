@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 from megamoe.plan.plan import Plan, Segment
 from megamoe.plan.schedule import learning_rate_at, sequences_at
 from megamoe.recipe import Model
-from megamoe.step import EvalResult, StepResult
+from megamoe.step import EvalResult, SaveResult, StepResult
 from megamoe.train.hooks import Recorder, make_hooks
 from megamoe.train.loop import training_steps
 
@@ -133,6 +133,10 @@ class TimedRecorder:
     def record_evals(self, results: Sequence[EvalResult]) -> None:
         """Hand on."""
         self._recorder.record_evals(results)
+
+    def record_save(self, result: SaveResult) -> None:
+        """Hand on."""
+        self._recorder.record_save(result)
 
     def close(self) -> None:
         """Hand on."""

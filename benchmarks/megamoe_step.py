@@ -139,7 +139,7 @@ def world_of_one(plan: Plan, device: torch.device) -> Iterator[None]:
     """Be the only rank of a plan's segment."""
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=torch.distributed.HashStore(),
+        store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
         rank=0,
         world_size=1,
     )
@@ -264,7 +264,7 @@ def _kinds(model: nn.Module) -> dict[str, list[nn.Module]]:
     def every(*kinds: type) -> list[nn.Module]:
         return [module for module in model.modules() if isinstance(module, kinds)]
 
-    cores = every(CoreAttention)
+    cores: list[Any] = every(CoreAttention)
     return {
         "attention": every(LatentAttention, GroupedAttention),
         "attention core, full": [core for core in cores if core.window is None],

@@ -43,7 +43,7 @@ def measure(
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), batch["labels"].flatten()
             )
-            (loss * load.micro_batch / load.sequences).backward()
+            (loss * load.micro_batch / load.sequences).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * load.micro_batch / load.sequences
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
