@@ -160,6 +160,10 @@ class Engine:
         """Return the saves that have ended since the last call, failed ones too."""
         return self.saver.ended()
 
+    def close(self) -> None:
+        """Let a checkpoint that is being written be finished, also after an error in training."""
+        self.saver.wait()
+
     def _snapshot(self) -> checkpoint.Snapshot:
         validate, self._validated = not self._validated, True
         return checkpoint.snapshot(self.chunks, self.optimizer, validate=validate)

@@ -7,7 +7,7 @@ torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 import argparse
 import gc
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from megamoe.errors import PlanError, TrainingError
@@ -64,6 +64,7 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
         is_first = int(os.environ["RANK"]) == 0
         recording = recording_from_args(args)
         with ExitStack() as stack:
+            stack.enter_context(closing(engine))
             recorders = (
                 stack.enter_context(
                     open_recorders(args.run_dir, plan, segment, engine.step, recording)

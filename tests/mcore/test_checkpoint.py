@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -266,3 +267,11 @@ def test_megatron_0_16_still_takes_experts_for_replicated_weights_without_expert
     assert is_replicated == (compat.MEGATRON_CORE < (0, 19)), (
         "which versions need the mark in megamoe/mcore/experts.py has changed: it is dropped with the last of them"
     )
+
+
+def test_a_checkpoint_under_way_is_finished_when_training_fails(plan, tmp_path):
+    engine = train(plan, tmp_path, 1)
+    folder = engine.save()
+    with pytest.raises(ZeroDivisionError), closing(engine):
+        raise ZeroDivisionError
+    assert files.latest(tmp_path / "checkpoints") == folder
