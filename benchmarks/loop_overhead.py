@@ -8,8 +8,9 @@ optimizer, and telling the routers that the batch is over, without which the nex
 
 Two like models train in one process, in step; of each step one takes ours and the other the bare
 one, by turns, so neither the machine's other work nor where a model's memory lies favours one.
-The losses of each step must be equal to the last bit. Saving a checkpoint and
-evaluating are measured by themselves, as shares of the time at the recipe's own intervals.
+The losses of each step must be equal to the last bit. All steps have the size of the recipe's
+first. Saving a checkpoint and evaluating are measured by themselves, as shares of the time at the
+recipe's own intervals.
 """
 
 import argparse
@@ -59,13 +60,16 @@ _EPILOG = """examples:
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, Segment]:
-    """Return a plan for one process, and its first segment with nothing due but steps."""
+    """Return a plan for one process, and its first segment as steps of one size, nothing else due."""
     recipe = scale_tiny(load_recipe(args.recipe))
     recipe = override_recipe(recipe, args.overrides)
     options = Options(data=str(args.data), scale="tiny")
     plan = build_plan(recipe.recipe, local_cluster(1, "cpu"), options)
-    never = plan.segments[0].num_steps + 1
-    return plan, replace(plan.segments[0], checkpoint_every=never, eval_every=never)
+    segment = plan.segments[0]
+    [(_, sequences), *_] = segment.batch_ramp  # steps of two sizes have no median to speak of
+    never = segment.tokens
+    ramp = ((0, sequences),)
+    return plan, replace(segment, batch_ramp=ramp, checkpoint_every=never, eval_every=never)
 
 
 def summary(steps: Steps, parts: dict[str, list[float]]) -> dict[str, Any]:
@@ -213,7 +217,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="vaetki_7b_a1b", help="at tiny scale")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="P=V")
     parser.add_argument("--data", type=Path, default=Path("data/sample"), metavar="DIR")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of each loop")
+    parser.add_argument("--steps", type=int, default=80, metavar="N", help="of each loop")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write JSON here")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # Megatron-core calls what torch has renamed
