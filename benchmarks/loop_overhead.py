@@ -132,6 +132,9 @@ def measure_bar(results: Sequence[StepResult], segment: Segment, stream: TextIO)
 def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run everything and return what is written and printed."""
     plan, segment = make_plan(args)
+    circumstances = _circumstances(
+        args, plan, segment
+    )  # before the run: files may change meanwhile
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     groups.form(plan, segment)
@@ -160,7 +163,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "share_of_time": evaluation_s / (planned.eval_every * step_s),
     }
     groups.stop()
-    return {"benchmark": "loop_overhead", **_circumstances(args, plan, segment), **found}
+    return {"benchmark": "loop_overhead", **circumstances, **found}
 
 
 def table(found: dict[str, Any]) -> str:
