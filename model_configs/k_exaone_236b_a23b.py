@@ -183,6 +183,7 @@ RECIPE = Recipe(
     ),
     published=Published(
         total_params=237_099_669_632,  # weights: with MTP and expert bias; report: 236B
+        unreleased=(),  # weights: nothing is missing
         active_params=23e9,  # report table 1
         tokens=11e12,  # report table 2
         gpus=None,  # report: not told

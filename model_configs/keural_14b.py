@@ -94,6 +94,7 @@ RECIPE = Recipe(
     ),
     published=Published(
         total_params=14_832_046_080,  # script: of its ModelConfig; card: 14.83B
+        unreleased=(),  # script: nothing is missing
         active_params=7.42e9,  # card; the architecture has 4.87e9
         tokens=69e9,  # card
         gpus=2,  # card

@@ -60,6 +60,7 @@ GENERAL = Stage(
     mtp_loss=None,  # weights: no MTP
     rope_interpolation=1.0,  # report 3.2: only in the long-context stage
     precision=Fp8Delayed(  # report 2.1: delayed scaling in the first stage
+        gradient_format="e4m3",  # report 2.1: FP8 (E4M3)
         amax_history=1_024,  # not published: what Transformer Engine has by default
         bf16_first_layers=1,  # script
         bf16_last_layers=1,  # script
@@ -152,6 +153,7 @@ RECIPE = Recipe(
     ),
     published=Published(
         total_params=7_250_296_320,  # weights
+        unreleased=(),  # weights: nothing is missing
         active_params=1.2e9,  # card
         tokens=1.86e12,  # report table 6
         gpus=256,  # card

@@ -5,6 +5,7 @@ import math
 from megamoe.errors import PlanError
 from megamoe.plan.cluster import Cluster
 from megamoe.plan.plan import Segment
+from megamoe.recipe.layout import Layout
 from megamoe.recipe.model import GQA, Model
 from megamoe.recipe.precision import Fp8Block, Fp8Delayed
 from megamoe.recipe.recipe import Recipe
@@ -93,9 +94,20 @@ def _check_sequence(place: str, stage: Stage) -> None:
         )
 
 
+def last_rank_layers(num_layers: int, layout: Layout) -> int:
+    """Return the layers of the last pipeline rank; all others hold ceil(num_layers / pp).
+
+    Where pp does not divide the layers, the last rank has fewer: it also has the output table and
+    the multi-token prediction. 0 or less: they cannot be dealt so.
+    """
+    each = -(-num_layers // layout.pp)
+    return num_layers - each * (layout.pp - 1)
+
+
 def _check_pipeline(place: str, model: Model, stage: Stage) -> None:
     pp, vpp = stage.layout.pp, stage.layout.vpp
-    if model.num_layers % (pp * vpp):
+    uneven = vpp == 1 and last_rank_layers(model.num_layers, stage.layout) >= 1
+    if model.num_layers % (pp * vpp) and not uneven:
         known = sorted(n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0)
         near = sorted(known, key=lambda n: abs(n - pp * vpp))[:2]
         raise PlanError(

@@ -19,8 +19,8 @@ class ParamCount:
     shared_experts: int
     routed_experts: int
     routed_experts_active: int  # those a token visits
-    mtp: int  # the multi-token-prediction layers; they share both tables
-    expert_bias: int  # kept in the checkpoint, not trained by gradient
+    mtp: int  # the multi-token-prediction layers, bias included; they share both tables
+    expert_bias: int  # of the main layers; kept in the checkpoint, not trained by gradient
 
     @property
     def main(self) -> int:
@@ -42,6 +42,11 @@ class ParamCount:
         """Every number of the model: main, multi-token prediction and expert bias."""
         return self.main + self.mtp + self.expert_bias
 
+    def released(self, unreleased: tuple[str, ...]) -> int:
+        """Every number but those of the parts that are not in the released weights."""
+        parts = {"mtp": self.mtp, "expert_bias": self.expert_bias}
+        return self.total - sum(parts[part] for part in unreleased)
+
     @property
     def active(self) -> int:
         """Main parameters a token visits, both tables counted."""
@@ -58,7 +63,6 @@ def count_params(model: Model) -> ParamCount:
     hidden, layers, experts = model.hidden_dim, model.num_layers, model.experts
     moe_layers = layers - model.num_dense_layers
     table = model.vocab_size * hidden
-    biased_layers = moe_layers + (model.mtp.num_layers if _mtp_is_moe(model) and model.mtp else 0)
     return ParamCount(
         input_table=table,
         output_table=0 if model.tied_embeddings else table,
@@ -71,7 +75,7 @@ def count_params(model: Model) -> ParamCount:
         routed_experts=moe_layers * experts.num_routed * one_expert(model),
         routed_experts_active=moe_layers * experts.top_k * one_expert(model),
         mtp=_mtp(model),
-        expert_bias=biased_layers * experts.num_routed if experts.expert_bias else 0,
+        expert_bias=moe_layers * expert_bias(model),
     )
 
 
@@ -122,8 +126,9 @@ def one_expert(model: Model) -> int:
     return 3 * model.hidden_dim * model.experts.ffn_dim
 
 
-def _mtp_is_moe(model: Model) -> bool:
-    return model.mtp is not None and model.mtp.ffn == "moe"
+def expert_bias(model: Model) -> int:
+    """Return the biases of one router, one an expert; 0 where it has none."""
+    return model.experts.num_routed if model.experts.expert_bias else 0
 
 
 def _mtp(model: Model) -> int:
@@ -132,7 +137,8 @@ def _mtp(model: Model) -> int:
         return 0
     hidden, experts = model.hidden_dim, model.experts
     moe = (experts.num_routed + experts.num_shared) * one_expert(model)
-    ffn = moe + hidden * experts.num_routed if _mtp_is_moe(model) else dense_mlp(model)
+    moe += hidden * experts.num_routed + expert_bias(model)
+    ffn = moe if model.mtp.ffn == "moe" else dense_mlp(model)
     layer = attention_matrices(model) + attention_norms(model) + ffn
     norms = (norms_per_layer(model) + 3) * hidden
     return model.mtp.num_layers * (2 * hidden * hidden + layer + norms)

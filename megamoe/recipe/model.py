@@ -4,9 +4,17 @@ Variants are types (`MLA | GQA`, `PreNorm | PeriNorm | DualNorm`), never names o
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from megamoe.recipe.check import Checked, FieldError, NaturalInt, PositiveFloat, PositiveInt
+from megamoe.recipe.check import (
+    Checked,
+    FieldError,
+    NaturalInt,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +59,28 @@ class GQA(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yarn(Checked):
-    """YaRN scaling of rotary frequencies (Peng et al. 2023)."""
+    """YaRN (Peng et al. 2023), with the scales of DeepSeek-V3: m(x) = 0.1 * x * ln(factor) + 1.
 
-    factor: PositiveFloat
+    Frequencies that turn more than `beta_fast` times within `original_seq_len` stay, those that
+    turn less than `beta_slow` times are divided by `factor`, those between are blended. Rotated
+    queries and keys are multiplied by m(mscale) / m(mscale_all_dim), the scores of all
+    dimensions, rotated or not, by m(mscale_all_dim)^2.
+    """
+
+    factor: Annotated[float, Range(low=1)]
     original_seq_len: PositiveInt
+    beta_fast: PositiveFloat
+    beta_slow: PositiveFloat
+    mscale: NonNegativeFloat
+    mscale_all_dim: NonNegativeFloat
+
+    def check(self) -> None:
+        """What turns fast turns more often than what turns slowly."""
+        if self.beta_slow > self.beta_fast:
+            raise FieldError(
+                "beta_slow",
+                f"{self.beta_slow:g} is above beta_fast {self.beta_fast:g}; give at most that",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +200,7 @@ class Model(Checked):
                 f"give at most {self.num_layers - 1}",
             )
         self._check_windows()
+        self._check_yarn()
         needs_dense = self.num_dense_layers > 0 or (
             self.mtp is not None and self.mtp.ffn == "dense"
         )
@@ -203,6 +230,17 @@ class Model(Checked):
                 raise FieldError(
                     name,
                     f"is set, but window_pattern {self.window_pattern!r} has no {letter}; give None",
+                )
+
+    def _check_yarn(self) -> None:
+        if isinstance(self.attention, MLA):
+            return
+        for name in ("local_rope", "global_rope"):
+            rope: Rope | None = getattr(self, name)
+            if rope is not None and rope.yarn is not None and rope.yarn.mscale_all_dim != 0:
+                raise FieldError(
+                    f"{name}.yarn.mscale_all_dim",
+                    f"{rope.yarn.mscale_all_dim:g} with GQA, which rotates all dimensions; give 0",
                 )
 
     def is_local(self, layer: int) -> bool:

@@ -1,6 +1,7 @@
 """Number formats of a stage. Master weights, norms, routing and sums are float32 in all of them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megamoe.recipe.check import Checked, NaturalInt, PositiveInt
 
@@ -17,8 +18,9 @@ class Bf16(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8Delayed(Checked):
-    """FP8 with one delayed scale per tensor (Micikevicius et al. 2022)."""
+    """FP8 with one delayed scale per tensor (Micikevicius et al. 2022); weights and activations E4M3."""
 
+    gradient_format: Literal["e4m3", "e5m2"]
     amax_history: PositiveInt  # steps
     bf16_first_layers: NaturalInt
     bf16_last_layers: NaturalInt

@@ -22,6 +22,7 @@ class Published(Checked):
     """What the authors report of the finished model; None where they do not."""
 
     total_params: PositiveInt | None  # exact, of the released weights
+    unreleased: tuple[Literal["mtp", "expert_bias"], ...]  # trained, and no part of total_params
     active_params: PositiveFloat | None  # as reported, rounded
     tokens: PositiveFloat | None
     gpus: PositiveInt | None
@@ -57,8 +58,32 @@ class Recipe(Checked):
                 "tokenizer.vocab_size",
                 f"{self.tokenizer.vocab_size:,} exceeds model.vocab_size {self.model.vocab_size:,}",
             )
+        self._check_unreleased()
         for stage in self.stages:
             self._check_stage(stage)
+
+    def _check_interpolation(self, stage: Stage) -> None:
+        if stage.rope_interpolation == 1:
+            return
+        rope = self.model.global_rope
+        if rope is None or rope.yarn is not None:
+            reason = "have no positions" if rope is None else "have YaRN, which scales them too"
+            raise FieldError(
+                f"{stage.name}.rope_interpolation",
+                f"{stage.rope_interpolation:g}, but global layers {reason}; give 1",
+            )
+
+    def _check_unreleased(self) -> None:
+        parts = self.published.unreleased
+        missing = {"mtp": self.model.mtp is None, "expert_bias": not self.model.experts.expert_bias}
+        for part in parts:
+            if missing[part] or parts.count(part) > 1:
+                raise FieldError(
+                    "published.unreleased",
+                    f"{part!r} is "
+                    + ("no part of the model" if missing[part] else "named twice")
+                    + "; leave it out",
+                )
 
     def _check_stage(self, stage: Stage) -> None:
         if (stage.mtp_loss is None) != (self.model.mtp is None):
@@ -72,11 +97,7 @@ class Recipe(Checked):
                 f"{stage.name}.router.bias_update_rate",
                 f"{stage.router.bias_update_rate:g} with model.experts.expert_bias False; give 0",
             )
-        if stage.rope_interpolation != 1 and self.model.global_rope is None:
-            raise FieldError(
-                f"{stage.name}.rope_interpolation",
-                f"{stage.rope_interpolation:g}, but global layers have no positions; give 1",
-            )
+        self._check_interpolation(stage)
         if stage.layout.pp * stage.layout.vpp > self.model.num_layers:
             raise FieldError(
                 f"{stage.name}.layout.pp",

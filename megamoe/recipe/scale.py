@@ -30,6 +30,7 @@ VOCAB = 4_096  # a tokenizer of this size trains in seconds
 SEQ_LEN = 128  # of the first stage
 MAX_SEQ_GROWTH = 4  # of a later stage over the first: attention stays affordable
 MIN_WINDOW = 8  # keys; under that a local layer sees next to nothing
+SAMPLE_SOURCES = ("korean", "english", "code")  # what `megamoe data sample` writes
 TOKENS = 560_000  # of all stages: about three minutes on two cores
 MIN_SHARE = 0.15  # of a stage: enough steps to see its schedule
 MIN_WARMUP = (
@@ -59,6 +60,7 @@ RULES = (
     ("model.experts.top_k", f"at most {TOP_K}"),
     ("model.experts.ffn_dim", f"ratio to hidden_dim kept, at most {MAX_EXPERT_RATIO}"),
     ("model.experts.*group*", "at most 2 groups"),
+    ("*.mixture", "the sources of the sample corpus: code as before, Korean and English in halves"),
     ("model.init_std", f"times the root of the width ratio, at most {MAX_INIT_STD}"),
     ("*.seq_len", f"{SEQ_LEN} in the first stage, then in proportion, at most {MAX_SEQ_GROWTH}x"),
     (
@@ -84,7 +86,12 @@ def scale_tiny(loaded: LoadedRecipe) -> LoadedRecipe:
     scaled = replace(
         recipe,
         published=Published(
-            total_params=None, active_params=None, tokens=None, gpus=None, gpu=None
+            total_params=None,
+            unreleased=(),
+            active_params=None,
+            tokens=None,
+            gpus=None,
+            gpu=None,
         ),
         model=_model(recipe.model, _seq_ratio(recipe)),
         tokenizer=replace(recipe.tokenizer, vocab_size=min(VOCAB, recipe.tokenizer.vocab_size)),
@@ -207,9 +214,19 @@ def _stage(stage: Stage, tokens: int, recipe: Recipe) -> Stage:
         seq_len=seq_len,
         lr=_learning_rate(stage, tokens, recipe),
         batch_ramp=ramp,
+        mixture=_mixture(stage.mixture),
         precision=Fp32(),
-        layout=_layout(seq_len, min(size for _, size in ramp)),
+        layout=_layout(seq_len, math.gcd(*(size for _, size in ramp))),
     )
+
+
+def _mixture(mixture: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+    """Return a mixture of the sample corpus, whose tokenizer a tiny model has too."""
+    if {source for source, _ in mixture} <= set(SAMPLE_SOURCES):
+        return mixture
+    code = dict(mixture).get("code", 0.0) / math.fsum(weight for _, weight in mixture)
+    shares = {"korean": (1 - code) / 2, "english": (1 - code) / 2, "code": code}
+    return tuple((source, _rounded(share)) for source, share in shares.items() if share > 0)
 
 
 def _learning_rate(stage: Stage, tokens: int, recipe: Recipe) -> LearningRate:
@@ -230,11 +247,12 @@ def _learning_rate(stage: Stage, tokens: int, recipe: Recipe) -> LearningRate:
     )
 
 
-def _layout(seq_len: int, smallest_batch: int) -> Layout:
+def _layout(seq_len: int, batch_divisor: int) -> Layout:
+    """Return one rank's layout; `batch_divisor` divides every batch of the ramp."""
     micro_batch = 1
     while (
         2 * micro_batch * seq_len <= MICRO_TOKENS
-        and smallest_batch % (2 * micro_batch * MIN_MICRO_BATCHES) == 0
+        and batch_divisor % (2 * micro_batch * MIN_MICRO_BATCHES) == 0
     ):
         micro_batch *= 2
     return Layout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, micro_batch=micro_batch)

@@ -73,7 +73,7 @@ def shown(value: Any) -> str:  # noqa: ANN401  # a value of any field
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1e4 else repr(value)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and value:
         return " | ".join(
             ": ".join(shown(item) for item in pair) if isinstance(pair, tuple) else shown(pair)
             for pair in value

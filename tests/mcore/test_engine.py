@@ -112,7 +112,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(plan, tmp_path
     "precision",
     [
         Fp8Block(bf16_first_layers=0, bf16_last_layers=0),
-        Fp8Delayed(amax_history=16, bf16_first_layers=0, bf16_last_layers=0),
+        Fp8Delayed(
+            gradient_format="e4m3", amax_history=16, bf16_first_layers=0, bf16_last_layers=0
+        ),
     ],
 )
 def test_fp8_is_refused_in_one_line(plan, tmp_path, precision):

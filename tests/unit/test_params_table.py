@@ -175,5 +175,14 @@ def test_queries_without_a_latent_are_one_matrix():
 
 
 def test_a_moe_mtp_layer_has_an_expert_bias_of_its_own():
-    biased = replace(AX_K1, experts=replace(AX_K1.experts, expert_bias=True))
-    assert count_params(biased).expert_bias == (60 + 1) * 192
+    plain = count_params(AX_K1)
+    biased = count_params(replace(AX_K1, experts=replace(AX_K1.experts, expert_bias=True)))
+    assert biased.expert_bias == 60 * 192
+    assert biased.mtp == plain.mtp + 192
+
+
+def test_what_is_not_released_is_left_out():
+    biased = count_params(replace(AX_K1, experts=replace(AX_K1.experts, expert_bias=True)))
+    assert biased.released(()) == biased.total
+    assert biased.released(("mtp",)) == biased.main + 60 * 192
+    assert biased.released(("mtp", "expert_bias")) == 518_983_059_456

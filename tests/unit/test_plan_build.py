@@ -55,7 +55,9 @@ RECIPE = Recipe(
     name="small",
     source="a test",
     assumed=("general.tokens",),
-    published=Published(total_params=None, active_params=None, tokens=None, gpus=None, gpu=None),
+    published=Published(
+        total_params=None, unreleased=(), active_params=None, tokens=None, gpus=None, gpu=None
+    ),
     model=Model(
         num_layers=4,
         num_dense_layers=1,

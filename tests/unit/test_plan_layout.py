@@ -6,7 +6,7 @@ import pytest
 
 from megamoe.errors import PlanError
 from megamoe.plan.build import Options, build_plan
-from megamoe.plan.layout import layout_text
+from megamoe.plan.layout import last_rank_layers, layout_text
 from megamoe.recipe import GQA, Fp8Block, Fp8Delayed, Layout
 from tests.unit.test_plan_build import CPU, GENERAL, RECIPE
 
@@ -76,6 +76,18 @@ def test_model_sizes_that_an_axis_does_not_divide(layout, message):
     assert message in str(caught.value)
 
 
+def test_the_last_rank_of_a_pipeline_may_hold_fewer_layers():
+    model = replace(RECIPE.model, num_layers=61)
+    assert plan(world_size=16, model=model, layout=replace(ONES, pp=16)).segments[0].dp == 1
+    assert last_rank_layers(61, replace(ONES, pp=16)) == 1
+    assert last_rank_layers(61, replace(ONES, pp=15)) == -9
+    assert last_rank_layers(60, replace(ONES, pp=15)) == 4
+    with pytest.raises(PlanError, match="num_layers 61 is not a multiple of pp 15 x vpp 1 = 15"):
+        plan(world_size=15, model=model, layout=replace(ONES, pp=15))
+    with pytest.raises(PlanError, match="num_layers 61 is not a multiple of pp 16 x vpp 2 = 32"):
+        plan(world_size=16, model=model, layout=replace(ONES, pp=16, vpp=2))
+
+
 def test_key_value_heads_are_split_or_repeated_evenly():
     attention = GQA(num_heads=12, num_kv_heads=4, head_dim=16, qk_norm=False)
     model = replace(RECIPE.model, attention=attention, vocab_size=600, dense_ffn_dim=120)
@@ -122,7 +134,7 @@ def test_an_interleaved_pipeline_wants_rounds_of_pp_micro_batches():
     "precision",
     [
         Fp8Block(bf16_first_layers=1, bf16_last_layers=1),
-        Fp8Delayed(amax_history=1, bf16_first_layers=1, bf16_last_layers=1),
+        Fp8Delayed(gradient_format="e4m3", amax_history=1, bf16_first_layers=1, bf16_last_layers=1),
     ],
 )
 def test_fp8_is_refused_where_there_is_no_gpu(precision):

@@ -23,6 +23,7 @@ MAY_BE_ZERO = {  # a range that starts at 0 or a default that allows it
     "num_dense_layers", "num_shared", "final", "warmup_tokens", "decay_tokens", "fim_rate",
     "aux_loss", "sequence_aux_loss", "global_aux_loss", "z_loss", "bias_update_rate", "beta1",
     "beta2", "weight_decay", "momentum", "bf16_first_layers", "bf16_last_layers",
+    "mscale", "mscale_all_dim",
 }  # fmt: skip
 
 
@@ -248,6 +249,10 @@ CONTRADICTIONS = (
     ("k_exaone_236b_a23b", "mtp_loss=0.05", "mtp_loss=None", ("foundation.mtp_loss: ", "weight")),
     ("vaetki_7b_a1b", "bias_update_rate=0.0", "bias_update_rate=1e-3", ("general.router.bias_update_rate: ",)),
     ("k_exaone_236b_a23b", "rope_interpolation=1.0", "rope_interpolation=8.0", ("foundation.rope_interpolation: ",)),
+    ("ax_k1_519b_a33b", "rope_interpolation=1.0", "rope_interpolation=8.0", ("general.rope_interpolation: ", "YaRN", "give 1")),
+    ("ax_k1_519b_a33b", "beta_slow=1.0", "beta_slow=64.0", ("model.global_rope.yarn.beta_slow: ", "beta_fast 32")),
+    ("vaetki_7b_a1b", "unreleased=()", 'unreleased=("mtp",)', ("published.unreleased: ", "no part", "leave it out")),
+    ("ax_k1_519b_a33b", '("mtp", "expert_bias")', '("mtp", "mtp")', ("published.unreleased: ", "named twice")),
     ("vaetki_7b_a1b", 'name="reasoning"', 'name="general"', ("stages: ", "twice")),
     ("vaetki_7b_a1b", 'name="reasoning"', 'name="model"', ("stages: ", "'model' is taken")),
     ("vaetki_7b_a1b", 'name="reasoning"', 'name="source"', ("stages: ", "'source' is taken")),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megamoe.recipe import GQA, Fp32, Yarn
+from megamoe.recipe import GQA, Fp32, Rope, Yarn
 from megamoe.recipe.load import LoadedRecipe, load_recipe, recipe_names
 from megamoe.recipe.origin import leaves
 from megamoe.recipe.scale import (
@@ -14,6 +14,7 @@ from megamoe.recipe.scale import (
     MIN_SHARE,
     MIN_WARMUP,
     MIN_WINDOW,
+    SAMPLE_SOURCES,
     TOKENS,
     scale_tiny,
 )
@@ -23,7 +24,6 @@ KEPT_OF_MODEL = ("num_dense_layers", "window_pattern", "norm", "mtp", "tied_embe
 KEPT_OF_EXPERTS = ("num_shared", "score", "scaling_factor", "expert_bias")
 KEPT_OF_STAGE = (
     "name",
-    "mixture",
     "fim_rate",
     "router",
     "mtp_loss",
@@ -36,6 +36,13 @@ def both(name: str) -> tuple[LoadedRecipe, LoadedRecipe]:
     return loaded, scale_tiny(loaded)
 
 
+def unstretched(rope: Rope | None) -> Rope | None:
+    """Return positions without the length that scales with the sequences."""
+    if rope is None or rope.yarn is None:
+        return rope
+    return replace(rope, yarn=replace(rope.yarn, original_seq_len=1))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_structure_is_kept(name: str):
     loaded, tiny = both(name)
@@ -45,10 +52,9 @@ def test_structure_is_kept(name: str):
     for field in KEPT_OF_EXPERTS:
         assert getattr(before.model.experts, field) == getattr(after.model.experts, field)
     assert type(before.model.attention) is type(after.model.attention)
-    assert (before.model.local_rope, before.model.global_rope) == (
-        after.model.local_rope,
-        after.model.global_rope,
-    )
+    for kind in ("local_rope", "global_rope"):
+        assert unstretched(getattr(before.model, kind)) == unstretched(getattr(after.model, kind))
+    assert (before.model.experts.num_groups > 1) == (after.model.experts.num_groups > 1)
     assert before.optimizer == after.optimizer
     assert before.tokenizer.algorithm == after.tokenizer.algorithm
     for old, new in zip(before.stages, after.stages, strict=True):
@@ -135,18 +141,60 @@ def test_key_value_heads_keep_their_ratio(heads: int, kv_heads: int, expected: i
     assert (scaled.num_heads, scaled.num_kv_heads) == (4, expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tiny_mixture_is_of_the_sample_corpus_and_keeps_its_code(name: str):
+    loaded, tiny = both(name)
+    for old, new in zip(loaded.recipe.stages, tiny.recipe.stages, strict=True):
+        before, after = shares(old.mixture), shares(new.mixture)
+        if set(before) <= set(SAMPLE_SOURCES):
+            assert new.mixture == old.mixture
+        assert set(after) <= set(SAMPLE_SOURCES)
+        assert after.get("code", 0) == pytest.approx(before.get("code", 0), abs=5e-4)
+
+
+def shares(mixture: tuple[tuple[str, float], ...]) -> dict[str, float]:
+    total = sum(weight for _, weight in mixture)
+    return {source: weight / total for source, weight in mixture}
+
+
+def test_a_k1_tiny_by_the_numbers():
+    recipe = scale_tiny(load_recipe("ax_k1_519b_a33b")).recipe
+    model, stages = recipe.model, recipe.stages
+    assert (model.num_layers, model.num_dense_layers, model.window_pattern) == (4, 1, "G")
+    assert (model.experts.num_routed, model.experts.num_groups, model.experts.group_top_k) == (
+        8,
+        2,
+        1,
+    )
+    assert model.global_rope is not None
+    assert model.global_rope.yarn is not None
+    assert model.global_rope.yarn.original_seq_len == 1_024
+    assert [stage.mtp_loss for stage in stages] == [0.3, 0.1, 0.1, 0.1]
+    assert [stage.router.bias_update_rate > 0 for stage in stages] == [True, True, False, False]
+    assert dict(stages[0].mixture) == {"korean": 0.414, "english": 0.414, "code": 0.171}
+
+
 def test_groups_yarn_and_a_pattern_that_starts_global_scale_too():
     overrides = (
         "model.experts.num_groups=8",
         "model.experts.group_top_k=4",
-        "model.global_rope.yarn=Yarn(factor=4.0, original_seq_len=4096)",
+        "model.global_rope.yarn=Yarn(factor=4.0, original_seq_len=4096, beta_fast=32.0, beta_slow=1.0,"
+        " mscale=1.0, mscale_all_dim=0.0)",
+        "long_context.rope_interpolation=1.0",
         "model.num_dense_layers=3",
         "model.window_pattern='GLL'",
     )
     model = scale_tiny(load_recipe("vaetki_7b_a1b", overrides)).recipe.model
     assert (model.experts.num_groups, model.experts.group_top_k) == (2, 1)
     assert model.global_rope is not None
-    assert model.global_rope.yarn == Yarn(factor=4.0, original_seq_len=128)
+    assert model.global_rope.yarn == Yarn(
+        factor=4.0,
+        original_seq_len=128,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=0.0,
+    )
     assert model.num_layers == 6
     assert model.window is not None
     assert model.window >= MIN_WINDOW

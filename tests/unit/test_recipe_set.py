@@ -200,3 +200,11 @@ def test_any_override_is_taken_whole_or_refused_in_one_line(name: str, overrides
         assert "\n" not in result
     else:
         assert result.recipe.assumed == LOADED[name].recipe.assumed
+
+
+def test_a_scale_of_dimensions_that_do_not_rotate_is_refused_where_all_do():
+    yarn = "Yarn(factor=4.0, original_seq_len=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, "
+    assert changed(f"model.global_rope.yarn={yarn}mscale_all_dim=0.0)", name="keural_14b")
+    wrong = message(f"model.global_rope.yarn={yarn}mscale_all_dim=1.0)", name="keural_14b")
+    assert "model.global_rope.yarn.mscale_all_dim: 1 with GQA" in wrong
+    assert "give 0" in wrong

@@ -119,7 +119,7 @@ def test_check_prints_one_line_a_recipe(capsys):
     lines = printed(capsys, "recipe", "check", *NAMES).splitlines()
     assert len(lines) == len(NAMES)
     assert all(line.startswith("OK ") for line in lines)
-    vaetki = next(line for line in lines if "vaetki" in line)
+    vaetki = next(line for line in lines if "vaetki_7b" in line)
     assert "7,250,296,320 parameters, 24 layers, 64 experts top-5 + 1 shared" in vaetki
     assert "general 1.3T tokens" in vaetki
 

@@ -63,7 +63,7 @@ def recipe_row(recipe: Recipe) -> tuple[str, ...]:
     shared = f", {experts.num_shared} shared" if experts.num_shared else ""
     return (
         f"[`{recipe.name}`](model_configs/{recipe.name}.py)",
-        short_count(params.total),
+        short_count(params.released(recipe.published.unreleased)),
         short_count(params.active),
         attention(recipe.model),
         f"{experts.num_routed}, top-{experts.top_k}{shared}",

@@ -1,0 +1,227 @@
+"""VAETKI-20B-A2B (NC-AI Consortium, 2026): MLA with 5 local layers to 1 global, Peri-LN, 128 experts.
+
+Sources, as named on each line:
+    report  VAETKI Technical Report, January 2026; its curriculum is told for the 100B model
+    card    model card of VAETKI-20B-A2B
+    weights parameter count of the released weights
+    family  what VAETKI-7B-A1B and VAETKI-100B-A10B have in common
+
+Its config.json was not seen. Widths are those of the family's rules (heads x 128 = hidden size, half of it
+for queries, a dense MLP as wide as top-k + 1 experts) that give the published count to the last parameter.
+"""
+
+from dataclasses import replace
+
+from megamoe.recipe import (
+    MLA,
+    AdamW,
+    Experts,
+    Fp8Block,
+    Fp8Delayed,
+    Layout,
+    LearningRate,
+    Model,
+    PeriNorm,
+    Published,
+    Recipe,
+    Rope,
+    Router,
+    Stage,
+    Tokenizer,
+)
+
+GENERAL = Stage(
+    name="general",
+    tokens=2_545_000_000_000,  # not published: 3.62T (card) shared out as 3.6T : 1.5T : 20B (report 3.2)
+    seq_len=4_096,  # report 3.2
+    lr=LearningRate(
+        peak=2e-4,  # report 3.2, card
+        final=None,  # report 3.2: constant
+        warmup_tokens=8_000_000_000,  # not published: about 1,000 steps
+        decay_tokens=0,  # report 3.2: constant
+        decay="linear",  # report 3.2: of the reasoning stage
+    ),
+    batch_ramp=(  # not published: where it steps, and that it doubles twice; 8.1M to 32.4M tokens (card), in 64s of sequences
+        (0, 1_984),
+        (200_000_000_000, 3_968),
+        (600_000_000_000, 7_936),
+    ),
+    mixture=(  # not published: but about 20 % Korean (report 6)
+        ("korean", 0.2),
+        ("english", 0.65),
+        ("code", 0.15),
+    ),
+    fim_rate=0.0,  # report 3.2: begins in the reasoning stage
+    router=Router(
+        aux_loss=1e-4,  # report 2.1
+        sequence_aux_loss=0.0,  # report 2.1: two losses, neither per sequence
+        global_aux_loss=1e-4,  # report 2.1
+        z_loss=0.0,  # not published: none is mentioned
+        bias_update_rate=0.0,  # weights: no expert bias
+    ),
+    mtp_loss=None,  # weights: no MTP
+    rope_interpolation=1.0,  # report 3.2: only in the long-context stage
+    precision=Fp8Delayed(  # report 2.1: delayed scaling in the first stage
+        gradient_format="e4m3",  # report 2.1: FP8 (E4M3)
+        amax_history=1_024,  # not published: what Transformer Engine has by default
+        bf16_first_layers=1,  # family
+        bf16_last_layers=1,  # family
+    ),
+    layout=Layout(  # not published: sizes; PP, EP and DP (report 2.3)
+        tp=1,
+        pp=4,
+        vpp=1,
+        cp=1,
+        ep=8,
+        etp=1,
+        micro_batch=1,
+    ),
+)
+
+REASONING = replace(
+    GENERAL,
+    name="reasoning",
+    tokens=1_060_000_000_000,  # not published: 3.62T (card) shared out as 3.6T : 1.5T : 20B (report 3.2)
+    lr=LearningRate(
+        peak=2e-4,  # report 3.2: goes on from the general stage
+        final=1e-4,  # report 3.2
+        warmup_tokens=0,  # report 3.2: goes on from the general stage
+        decay_tokens=1_060_000_000_000,  # report 3.2: over the whole stage
+        decay="linear",  # report 3.2
+    ),
+    batch_ramp=((0, 7_936),),  # not published: stays at the 32.4M tokens of the card
+    mixture=(  # not published: but more code, STEM and reasoning (report 3.2)
+        ("korean", 0.2),
+        ("english", 0.45),
+        ("code", 0.35),
+    ),
+    fim_rate=0.6,  # report 3.2
+    precision=Fp8Block(  # report 2.1: blockwise scaling in the later stages
+        bf16_first_layers=1,  # family
+        bf16_last_layers=1,  # family
+    ),
+)
+
+LONG_CONTEXT = replace(
+    REASONING,
+    name="long_context",
+    tokens=15_000_000_000,  # not published: 3.62T (card) shared out as 3.6T : 1.5T : 20B (report 3.2)
+    seq_len=16_384,  # report table 1, card
+    lr=LearningRate(
+        peak=1e-4,  # not published: goes on from the reasoning stage
+        final=1e-5,  # card: 2e-4 to 1e-5
+        warmup_tokens=0,  # not published: goes on from the reasoning stage
+        decay_tokens=15_000_000_000,  # not published: over the whole stage
+        decay="linear",  # not published: as in the reasoning stage
+    ),
+    batch_ramp=((0, 1_984),),  # not published: stays at the 32.4M tokens of the card
+    mixture=(  # not published: earlier data and long documents (report 3.2)
+        ("korean", 0.2),
+        ("english", 0.55),
+        ("code", 0.25),
+    ),
+    fim_rate=0.0,  # not published: told of the reasoning stage only
+    rope_interpolation=8.0,  # report 3.2
+    layout=replace(  # not published: sizes; TP is added for long context (report 2.3)
+        GENERAL.layout,
+        tp=2,
+    ),
+)
+
+RECIPE = Recipe(
+    name="vaetki_20b_a2b",
+    source="VAETKI Technical Report (NC-AI Consortium, January 2026) and model card",
+    assumed=(
+        "general.tokens",
+        "general.lr.warmup_tokens",
+        "general.batch_ramp",
+        "general.mixture",
+        "general.router.z_loss",
+        "general.precision.amax_history",
+        "general.layout",
+        "reasoning.tokens",
+        "reasoning.batch_ramp",
+        "reasoning.mixture",
+        "long_context.tokens",
+        "long_context.lr.peak",
+        "long_context.lr.warmup_tokens",
+        "long_context.lr.decay_tokens",
+        "long_context.lr.decay",
+        "long_context.batch_ramp",
+        "long_context.mixture",
+        "long_context.fim_rate",
+        "long_context.layout",
+        "model.hidden_dim",
+        "model.dense_ffn_dim",
+        "model.attention.q_lora_rank",
+        "model.attention.kv_lora_rank",
+        "model.experts.ffn_dim",
+        "model.experts.scaling_factor",
+        "optimizer",
+    ),
+    published=Published(
+        total_params=19_596_810_240,  # weights; card: 19.64B
+        unreleased=(),  # weights: nothing is missing
+        active_params=2.2e9,  # card
+        tokens=3.62e12,  # card
+        gpus=256,  # card
+        gpu="H100",  # card
+    ),
+    model=Model(
+        num_layers=24,  # report table 1
+        num_dense_layers=1,  # report table 1
+        hidden_dim=2_048,  # not published: heads x 128, as in the family
+        dense_ffn_dim=9_216,  # not published: as wide as 8 + 1 experts, as in the family (report 2.1)
+        vocab_size=137_216,  # family
+        attention=MLA(  # report 2.1
+            num_heads=16,  # report table 1
+            q_lora_rank=1_024,  # not published: half of the hidden size, as in the family
+            kv_lora_rank=512,  # not published: as in the family; 256 gives the count too, with a rank and an MLP outside its rules
+            qk_nope_head_dim=128,  # family
+            qk_rope_head_dim=64,  # family
+            v_head_dim=128,  # family
+        ),
+        window_pattern="LLLLLG",  # report 2.1: 5 local to 1 global
+        window=512,  # family: keys, the token's own included
+        local_rope=Rope(
+            base=10_000.0,  # report 2.1
+            interleaved=True,  # family
+            yarn=None,  # family: rope_scaling null
+        ),
+        global_rope=Rope(
+            base=1_000_000.0,  # report 2.1
+            interleaved=True,  # family
+            yarn=None,  # family: rope_scaling null
+        ),
+        norm=PeriNorm(  # report 2.1
+            eps=1e-5,  # family
+            zero_centered=True,  # report 2.1
+        ),
+        experts=Experts(
+            num_routed=128,  # report table 1
+            num_shared=1,  # family
+            top_k=8,  # report table 1
+            ffn_dim=1_024,  # not published: half of the hidden size; the one width that gives the published count
+            score="sigmoid",  # report 2.1
+            scaling_factor=2.5,  # not published: of the 100B, with as many experts; the 7B, with 64, has 1.0
+            expert_bias=False,  # weights
+            num_groups=1,  # report 2.1: no groups
+            group_top_k=1,  # report 2.1: no groups
+        ),
+        mtp=None,  # weights: no MTP
+        tied_embeddings=False,  # weights
+        init_std=0.0134,  # family
+    ),
+    tokenizer=Tokenizer(
+        algorithm="sentencepiece-bpe",  # report 2.2
+        vocab_size=135_168,  # report 2.2
+    ),
+    optimizer=AdamW(  # not published: usual values of models of this kind
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        weight_decay=0.1,
+        grad_clip=1.0,
+    ),
+    stages=(GENERAL, REASONING, LONG_CONTEXT),
+)
