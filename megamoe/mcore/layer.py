@@ -3,10 +3,11 @@
 Shapes: S sequence, B batch, D hidden, N heads, H head dim.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from megamoe.mcore.compat import SpecifiedLatentAttention
 from megamoe.nn.attention import causal_attention
 from megamoe.nn.norm import RMSNorm
 from megamoe.nn.residual import NormedResidual
+from megamoe.nn.rotary import yarn_frequencies, yarn_scale
 from megamoe.recipe import Rope
 
 
@@ -98,6 +100,14 @@ class LatentAttention(SpecifiedLatentAttention):
         assert rope is not None, "MLA without positions is not a published model"
         config = self.config
         self.rotary_pos_emb = rotary(config.qk_pos_emb_head_dim, rope, interpolation, self)
+        if rope.yarn is not None:
+            rotated = yarn_scale(rope.yarn, rope.yarn.mscale)
+            everything = yarn_scale(rope.yarn, rope.yarn.mscale_all_dim)
+            self.rotary_pos_emb = ScaledRotary(self.rotary_pos_emb, rotated / everything)
+            self.core_attention.scale *= everything**2
+            # of this layer only: another may have no YaRN
+            self.config = copy(config)
+            self.config.rope_type = "yarn"
         key_dim = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = ReplicatedLinear(config, config.hidden_size, key_dim)
         if config.q_lora_rank is not None:
@@ -113,6 +123,9 @@ class GroupedAttention(SelfAttention):
         """Make the layer's own positions."""
         super().__init__(*args, **options)
         self.rotary = rotary(self.config.kv_channels, rope, interpolation, self) if rope else None
+        if rope is not None and rope.yarn is not None:
+            # all dimensions are rotated, so that scaled queries and keys are scaled scores
+            self.core_attention.scale *= yarn_scale(rope.yarn, rope.yarn.mscale) ** 2
 
     def forward(self, hidden_states: Tensor, attention_mask: None, **options: Any) -> Any:
         """Rotate queries and keys by the layer's own positions."""
@@ -130,18 +143,30 @@ def rotary(dim: int, rope: Rope, interpolation: float, attention: Any) -> Rotary
     Position interpolation (Chen et al. 2023) divides positions by `interpolation`.
     """
     cp_group = attention.pg_collection.cp
-    if rope.yarn is not None:
-        return YarnRotaryEmbedding(
-            dim,
-            rotary_base=rope.base,
-            scaling_factor=rope.yarn.factor,
-            original_max_position_embeddings=rope.yarn.original_seq_len,
-            cp_group=cp_group,
-        )
-    return RotaryEmbedding(
+    embedding = RotaryEmbedding(
         dim,
         rotary_percent=1.0,
         rotary_base=rope.base,
         seq_len_interpolation_factor=interpolation if interpolation != 1 else None,
         cp_group=cp_group,
     )
+    if rope.yarn is not None:
+        # Megatron-Core 0.16.1 YarnRotaryEmbedding has the same, but every layer of it keeps cosines
+        # and sines of the whole original length, which are never read: 17 MB a layer of A.X K1.
+        embedding.inv_freq = yarn_frequencies(dim, rope).to(embedding.inv_freq.device)
+    return embedding
+
+
+class ScaledRotary(nn.Module):
+    """Rotary positions with a scale of rotated queries and keys, as MLA takes them of YaRN."""
+
+    def __init__(self, embedding: RotaryEmbedding, scale: float) -> None:
+        """Take the positions and their scale."""
+        super().__init__()
+        self.embedding = embedding
+        self.scale = scale
+        self.get_rotary_seq_len = embedding.get_rotary_seq_len
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, float]:
+        """Return the angles of the positions, and the scale."""
+        return self.embedding(*args, **options), self.scale

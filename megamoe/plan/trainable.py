@@ -27,13 +27,17 @@ def _problems(plan: Plan) -> Iterator[str]:
 
 
 def _model_problems(model: Model) -> Iterator[str]:
+    if model.experts.score == "softmax" and model.experts.top_k == 1:
+        # Megatron-Core 0.16.1 transformer/transformer_config.py:1634 raises a bare ValueError
+        yield (
+            "model.experts.top_k 1 with score 'softmax' has no engine yet: a softmax over one expert "
+            "is always 1; give --set model.experts.top_k=2, or --set \"model.experts.score='sigmoid'\""
+        )
     for name, rope in (("local_rope", model.local_rope), ("global_rope", model.global_rope)):
         if rope is None:
             if isinstance(model.attention, MLA) and name[0].upper() in model.window_pattern:
                 yield f"model.{name} None has no engine yet with MLA; give a Rope(...)"
             continue
-        if rope.yarn is not None:
-            yield f"model.{name}.yarn has no engine yet; give --set model.{name}.yarn=None"
         wanted = isinstance(model.attention, MLA)
         if rope.interleaved != wanted:
             kind = type(model.attention).__name__

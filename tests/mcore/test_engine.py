@@ -143,6 +143,16 @@ def test_muon_is_refused_in_one_line(plan, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_softmax_over_one_expert_is_refused_in_one_line(plan, tmp_path):
+    experts = replace(tiny.SOFTMAX.experts, top_k=1)
+    changed = replace(plan, model=replace(tiny.SOFTMAX, experts=experts))
+    with pytest.raises(PlanError) as caught:
+        Engine(changed, changed.segments[0], tmp_path)
+    assert "model.experts.top_k 1 with score 'softmax' has no engine yet" in str(caught.value)
+    assert "give --set model.experts.top_k=2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("prefix", ["one", "one.heldout"])
 def test_text_that_changed_since_the_plan_is_refused(plan, tmp_path, prefix):
     index = Path(plan.data.folder) / f"{prefix}.idx"

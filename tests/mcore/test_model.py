@@ -15,7 +15,7 @@ from torch import Tensor
 from megamoe.mcore.model import build_model, unwrap
 from megamoe.mcore.router import BalancedRouter
 from megamoe.plan.plan import Plan, Segment
-from megamoe.recipe import DualNorm, Model, Mtp, PeriNorm, PreNorm
+from megamoe.recipe import DualNorm, Model, Mtp, PeriNorm, PreNorm, Rope
 from tests.mcore import tiny
 from tests.mcore.world import world_of_one
 from tests.reference.model import Reference, balancing_loss, mtp_losses, token_losses
@@ -24,6 +24,12 @@ FLOAT32 = 2.0**-24  # the largest relative error of one rounding
 BATCH, SEQ_LEN = 2, 21
 MTP_WEIGHT = 0.3
 LATENT, GROUPED, SOFTMAX = tiny.LATENT, tiny.GROUPED, tiny.SOFTMAX
+
+
+def yarn(**changes: float) -> Rope:
+    """Return the tiny positions with other values of YaRN."""
+    return replace(tiny.STRETCHED, yarn=replace(tiny.YARN, **changes))
+
 
 CASES: dict[str, tuple[Model, float]] = {
     "latent, peri-norm": (LATENT, 1.0),
@@ -44,6 +50,27 @@ CASES: dict[str, tuple[Model, float]] = {
     "grouped, two predictions": (replace(GROUPED, mtp=Mtp(num_layers=2, ffn="dense")), 1.0),
     "grouped, groups of experts": (
         replace(GROUPED, experts=replace(GROUPED.experts, num_groups=4, group_top_k=2, top_k=4)),
+        1.0,
+    ),
+    "dual norm, groups, yarn, as A.X K1": (tiny.DUAL, 1.0),
+    "latent, yarn of global layers": (
+        replace(LATENT, attention=tiny.DUAL.attention, global_rope=tiny.STRETCHED),
+        1.0,
+    ),
+    "latent, yarn that scales all scores": (
+        replace(tiny.DUAL, global_rope=yarn(mscale=0.7, mscale_all_dim=1.0)),
+        1.0,
+    ),
+    "latent, two global groups of 16 experts": (
+        replace(LATENT, experts=replace(tiny.GROUPS, num_groups=2, group_top_k=1)),
+        1.0,
+    ),
+    "softmax, yarn of global layers": (
+        replace(
+            SOFTMAX,
+            attention=replace(SOFTMAX.attention, head_dim=16),
+            global_rope=replace(tiny.STRETCHED, interleaved=False),
+        ),
         1.0,
     ),
     "softmax, tied": (SOFTMAX, 1.0),
@@ -247,6 +274,15 @@ def other(model: Model, **changes: object) -> Model:
         (GROUPED, other(GROUPED, attention__qk_norm=False), 1.0),
         (GROUPED, other(GROUPED, experts__scaling_factor=2.51), 1.0),
         (SOFTMAX, SOFTMAX, 1.25),
+        (tiny.DUAL, other(tiny.DUAL, global_rope__yarn=None), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, global_rope=yarn(factor=4.1)), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, global_rope=yarn(original_seq_len=100)), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, global_rope=yarn(beta_fast=32.0)), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, global_rope=yarn(beta_slow=2.0)), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, global_rope=yarn(mscale=0.9)), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, global_rope=yarn(mscale_all_dim=0.1)), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, experts__group_top_k=2), 1.0),
+        (tiny.DUAL, other(tiny.DUAL, norm=PreNorm(eps=1e-6, zero_centered=False)), 1.0),
     ],
 )
 def test_a_wrong_reference_is_noticed(tmp_path, model, wrong, interpolation):

@@ -12,6 +12,7 @@ from megamoe.recipe import (
     GQA,
     MLA,
     AdamW,
+    DualNorm,
     Experts,
     Fp32,
     Layout,
@@ -22,6 +23,7 @@ from megamoe.recipe import (
     PreNorm,
     Rope,
     Router,
+    Yarn,
 )
 
 VOCAB = 96
@@ -80,6 +82,30 @@ SOFTMAX = replace(
     norm=PreNorm(eps=1e-5, zero_centered=False),
     experts=replace(LATENT.experts, num_shared=0, score="softmax"),
     tied_embeddings=True,
+)
+
+# Of 8 pairs, 0 to 2 stay, 3 to 6 are blended and 7 is divided by the factor.
+YARN = Yarn(
+    factor=4.0,
+    original_seq_len=256,
+    beta_fast=8.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=0.0,
+)
+STRETCHED = Rope(base=100.0, interleaved=True, yarn=YARN)
+GROUPS = replace(LATENT.experts, num_routed=16, num_groups=8, group_top_k=4, top_k=8)
+# A.X K1: everything global, with YaRN; dual norm; groups of experts with a bias; prediction with experts.
+DUAL = replace(
+    LATENT,
+    attention=replace(LATENT.attention, q_lora_rank=20, qk_rope_head_dim=16),
+    window_pattern="G",
+    window=None,
+    local_rope=None,
+    global_rope=STRETCHED,
+    norm=DualNorm(eps=1e-6, zero_centered=False),
+    experts=replace(GROUPS, scaling_factor=2.5, expert_bias=True),
+    mtp=Mtp(num_layers=1, ffn="moe"),
 )
 
 LAYOUT = Layout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, micro_batch=2)

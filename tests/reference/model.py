@@ -7,13 +7,14 @@ Shapes: B batch, S sequence, T tokens (B * S), D hidden, N heads, M key-value he
 R rotary dim, V vocabulary, E experts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megamoe.recipe import GQA, MLA, Model, PeriNorm, PreNorm, Rope, Router
+from megamoe.recipe import GQA, MLA, Model, PeriNorm, PreNorm, Rope, Router, Yarn
 
 Weights = Mapping[str, Tensor]
 
@@ -114,7 +115,10 @@ class Reference:
             q, k, v = self._latent(name, x, rope, step)
         else:
             q, k, v = self._grouped(name, x, rope, step)
-        mixed = _attend(q, k, v, self.model.window if is_local else None)
+        scale = q.shape[-1] ** -0.5
+        if rope is not None and rope.yarn is not None:
+            scale *= _mscale(rope.yarn, rope.yarn.mscale_all_dim) ** 2
+        mixed = _attend(q, k, v, self.model.window if is_local else None, scale)
         return mixed @ self.weights[f"{name}.linear_proj.weight"].T
 
     def _latent(
@@ -252,9 +256,9 @@ def _swiglu(x: Tensor, weight1: Tensor, weight2: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up) @ weight2.T
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
     """Causal softmax attention; a query sees the `window` last keys, its own included."""
-    scores = torch.einsum("bqnh,bknh->bnqk", q, k) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bqnh,bknh->bnqk", q, k) * scale
     for query in range(q.shape[1]):
         for key in range(q.shape[1]):
             if key > query or (window is not None and key <= query - window):
@@ -268,6 +272,10 @@ def _rotate(x_BSNR: Tensor, rope: Rope | None, step: float) -> Tensor:
         return x_BSNR
     seq_len, dim = x_BSNR.shape[1], x_BSNR.shape[3]
     frequencies = rope.base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if rope.yarn is not None:
+        frequencies = torch.tensor(_yarn(frequencies.tolist(), rope, dim), dtype=torch.float64)
+        mscale, mscale_all_dim = rope.yarn.mscale, rope.yarn.mscale_all_dim
+        x_BSNR = x_BSNR * (_mscale(rope.yarn, mscale) / _mscale(rope.yarn, mscale_all_dim))
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64) * step, frequencies)
     cos, sin = (f(angles).to(x_BSNR.dtype)[:, None, :] for f in (torch.cos, torch.sin))
     if rope.interleaved:
@@ -278,6 +286,32 @@ def _rotate(x_BSNR: Tensor, rope: Rope | None, step: float) -> Tensor:
     if rope.interleaved:
         return torch.stack(turned, dim=-1).flatten(-2)
     return torch.cat(turned, dim=-1)
+
+
+def _yarn(frequencies: list[float], rope: Rope, dim: int) -> list[float]:
+    """Slow frequencies down by YaRN (Peng et al. 2023, 3.2), its ramp drawn over pairs of dimensions.
+
+    The ramp is that of DeepSeek-V3's code (find_correction_range, linear_ramp_factor): from the last
+    pair that turns beta_fast times or more to the first that turns beta_slow times or less.
+    """
+    yarn = rope.yarn
+
+    def pair(turns: float) -> float:
+        # base^(-2 pair / dim) * original_seq_len = 2 pi * turns, solved for the pair
+        return -math.log(2 * math.pi * turns / yarn.original_seq_len, rope.base) * dim / 2
+
+    first = max(math.floor(pair(yarn.beta_fast)), 0)
+    last = min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    slowed = []
+    for i, frequency in enumerate(frequencies):
+        share = 0 if i <= first else 1 if i >= last else (i - first) / (last - first)
+        slowed.append(frequency * (1 - share + share / yarn.factor))
+    return slowed
+
+
+def _mscale(yarn: Yarn, mscale: float) -> float:
+    """DeepSeek-V3's yarn_get_mscale; at mscale 1 the root of 1/t of Peng et al. 2023, eq. 22."""
+    return 1 + mscale * math.log(yarn.factor) / 10
 
 
 def _shifted(x_BS: Tensor) -> Tensor:
