@@ -186,7 +186,7 @@ def _pattern(config: TransformerConfig) -> str:
     """Return HybridModel's pattern: E or - a layer, | between chunks, / before a prediction."""
     num_chunks = config.pipeline_model_parallel_size
     num_chunks *= config.virtual_pipeline_model_parallel_size or 1
-    count = config.num_layers // num_chunks
+    count = -(-config.num_layers // num_chunks)  # the last chunk may have fewer
     letters = "".join("E" if is_moe else "-" for is_moe in config.moe_layer_freq)
     chunks = [letters[i : i + count] for i in range(0, config.num_layers, count)]
     return "|".join(chunks) + "/E" * (config.mtp_num_layers or 0)

@@ -114,10 +114,6 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
-def _patch_tensor_cuda() -> None:
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-
-
 def _patch_tensor_type() -> None:
     original = torch.Tensor.type
 
@@ -199,11 +195,6 @@ PATCHES = (
         "factories",
         'pipeline_parallel/schedules.py: torch.zeros([], dtype=torch.int, device="cuda")',
         _patch_factories,
-    ),
-    Patch(
-        "tensor_cuda",
-        "optimizer/distrib_optimizer.py: send_tensor = send_tensor.cuda()",
-        _patch_tensor_cuda,
     ),
     Patch(
         "tensor_type",

@@ -98,16 +98,16 @@ class LatentAttention(SpecifiedLatentAttention):
         """Replace the positions that Megatron-core makes, the same for all layers."""
         super().__init__(*args, **options)
         assert rope is not None, "MLA without positions is not a published model"
-        config = self.config
+        config: Any = self.config
         self.rotary_pos_emb = rotary(config.qk_pos_emb_head_dim, rope, interpolation, self)
         if rope.yarn is not None:
             rotated = yarn_scale(rope.yarn, rope.yarn.mscale)
             everything = yarn_scale(rope.yarn, rope.yarn.mscale_all_dim)
             self.rotary_pos_emb = ScaledRotary(self.rotary_pos_emb, rotated / everything)
             self.core_attention.scale *= everything**2
-            # of this layer only: another may have no YaRN
-            self.config = copy(config)
-            self.config.rope_type = "yarn"
+            own = copy(config)  # of this layer only: another may have no YaRN
+            own.rope_type = "yarn"
+            self.config: Any = own
         key_dim = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = ReplicatedLinear(config, config.hidden_size, key_dim)
         if config.q_lora_rank is not None:

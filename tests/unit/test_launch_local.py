@@ -121,6 +121,7 @@ def test_a_rank_that_a_signal_ends_is_the_cause_of_what_others_meet(tmp_path):
         "    open(mark, 'w').close()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "while not os.path.exists(mark): time.sleep(0.001)\n"
+        "time.sleep(1)\n"  # as a rank does that waits for another
         "print('RuntimeError: peer is gone', file=sys.stderr)\n"
         "sys.exit(1)\n"
     )
