@@ -35,6 +35,7 @@ class Command:
 # launch and data_prep stand beside megamoe, which never imports them but by these names.
 COMMANDS = (
     Command(name="recipe", help="show, check or list recipes", module="megamoe.recipe.cli"),
+    Command(name="model", help="count a model's parameters", module="megamoe.model.cli"),
     Command(name="plan", help="settle every number for one cluster", module="megamoe.plan.cli"),
     Command(name="run", help="plan for this machine and train here", module="launch.cli_run"),
     Command(name="train", help="be one rank of a run", module="megamoe.train.main"),

@@ -94,6 +94,8 @@ class LatentAttention(SpecifiedLatentAttention):
     rotary key and never sums its gradient over the heads of the other tensor-parallel ranks.
     """
 
+    config: Any
+
     def __init__(self, *args: Any, rope: Rope | None, interpolation: float, **options: Any) -> None:
         """Replace the positions that Megatron-core makes, the same for all layers."""
         super().__init__(*args, **options)

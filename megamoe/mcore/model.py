@@ -35,6 +35,11 @@ def build_model(plan: Plan, segment: Segment) -> list[DistributedDataParallel]:
         ]
 
 
+def build_chunk(plan: Plan, segment: Segment) -> LanguageModule:
+    """Return the only chunk of a rank without interleaving, neither initialised nor wrapped."""
+    return _chunk(transformer_config(plan, segment), plan, segment, None)
+
+
 def unwrap(chunk: Any) -> LanguageModule:
     """Return the model inside its wrappers."""
     while hasattr(chunk, "module"):

@@ -142,3 +142,14 @@ def _mtp(model: Model) -> int:
     layer = attention_matrices(model) + attention_norms(model) + ffn
     norms = (norms_per_layer(model) + 3) * hidden
     return model.mtp.num_layers * (2 * hidden * hidden + layer + norms)
+
+
+def layer_params(model: Model, layer: int) -> int:
+    """Return every number of decoder layer `layer` (counted from 0), its expert bias included."""
+    hidden, experts = model.hidden_dim, model.experts
+    attention = attention_matrices(model) + attention_norms(model)
+    norms = norms_per_layer(model) * hidden
+    if model.is_dense(layer):
+        return attention + norms + dense_mlp(model)
+    moe = (experts.num_routed + experts.num_shared) * one_expert(model)
+    return attention + norms + moe + hidden * experts.num_routed + expert_bias(model)

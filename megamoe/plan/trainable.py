@@ -21,12 +21,13 @@ def _problems(plan: Plan) -> Iterator[str]:
     if not isinstance(plan.optimizer, AdamW):
         name = type(plan.optimizer).__name__
         yield f"optimizer {name} has no engine yet; give --set 'optimizer={_ADAMW}'"
-    yield from _model_problems(plan.model)
+    yield from model_problems(plan.model)
     for segment in plan.segments:
         yield from _segment_problems(segment)
 
 
-def _model_problems(model: Model) -> Iterator[str]:
+def model_problems(model: Model) -> Iterator[str]:
+    """Yield what a model asks that no engine does yet, each with what to give instead."""
     if model.experts.score == "softmax" and model.experts.top_k == 1:
         # Megatron-Core 0.16.1 transformer/transformer_config.py:1634 raises a bare ValueError
         yield (

@@ -43,7 +43,12 @@ def test_it_answers_in_half_a_second(arguments: tuple[str, ...]):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["recipe", "show", "vaetki_7b_a1b", "--scale", "tiny"], ["recipe", "list"]],
+    [
+        ["--help"],
+        ["recipe", "show", "vaetki_7b_a1b", "--scale", "tiny"],
+        ["recipe", "list"],
+        ["model", "params", "vaetki_7b_a1b", "--formula"],
+    ],
 )
 def test_it_imports_nothing_heavy(arguments: list[str]):
     script = (

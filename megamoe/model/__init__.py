@@ -1,0 +1,1 @@
+"""What a recipe's model is made of."""
