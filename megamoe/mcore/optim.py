@@ -25,7 +25,9 @@ def build_optimizer(
     built = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=segment.lr.peak,
+            # Set before each step. The segment's peak must not stand here: Megatron-Core 0.19.2
+            # optimizer/optimizer.py:139 looks for the parameter groups of a checkpoint by it.
+            lr=0.0,
             weight_decay=optimizer.weight_decay,
             adam_beta1=optimizer.beta1,
             adam_beta2=optimizer.beta2,

@@ -39,7 +39,7 @@ def watched() -> dict[str, object]:
         "synchronize",
     ]
     random = ["get_rng_state", "set_rng_state", "manual_seed"]
-    methods = ["cuda", "type", "record_stream"]
+    methods = ["type", "record_stream"]
     return {
         **{f"torch.{name}": getattr(torch, name) for name in names},
         **{f"torch.cuda.{name}": getattr(torch.cuda, name) for name in cuda + random},
