@@ -91,9 +91,10 @@ OPTIONAL = (
         name="triton",
         modules=("triton",),
         distributions=("triton",),
-        use="torch.compile on GPUs, which Megatron-core asks for in models with an expert bias",
+        use="torch.compile on GPUs: Megatron-core asks for it in models with an expert bias; windows "
+        "where FlashAttention's do not work",
         is_used=True,
-        instead="on CPU the C++ compiler; on GPUs nothing, such models need it",
+        instead="on CPU the C++ compiler; on GPUs nothing for an expert bias, and blocks for windows",
     ),
     Component(
         name="wandb",
