@@ -19,9 +19,9 @@ with warnings.catch_warnings():
     cpu.enable()  # before anything imports Megatron-core
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     from megamoe.mcore import engine as engine_module
+    from megamoe.mcore.compat import take_mtp_losses
     from megamoe.mcore.data import Batch
     from megamoe.mcore.engine import Engine
     from megamoe.mcore.measure import Measures
@@ -112,8 +112,7 @@ class Loop:
             if isinstance(module, BalancedRouter):
                 module.batch_counts_E.zero_()
                 module.loss_sums.clear()
-        if "values" in MTPLossLoggingHelper.tracker:
-            MTPLossLoggingHelper.clean_loss_in_tracker()
+        take_mtp_losses()
 
 
 class TimedRecorder:

@@ -114,6 +114,10 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
+def _patch_tensor_cuda() -> None:
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+
 def _patch_tensor_type() -> None:
     original = torch.Tensor.type
 
@@ -195,6 +199,11 @@ PATCHES = (
         "factories",
         'pipeline_parallel/schedules.py: torch.zeros([], dtype=torch.int, device="cuda")',
         _patch_factories,
+    ),
+    Patch(
+        "tensor_cuda",
+        "models/common/language_module/language_module.py: weight.data = weight.data.cuda()",
+        _patch_tensor_cuda,
     ),
     Patch(
         "tensor_type",

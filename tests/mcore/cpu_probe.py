@@ -10,11 +10,13 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 with warnings.catch_warnings():
     # Importing Megatron-Core 0.16.1 makes torch warn about parts of its own.
     warnings.simplefilter("ignore")
     import torch
+    from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.tensor_parallel.mappings import all_to_all
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
@@ -39,7 +41,7 @@ def watched() -> dict[str, object]:
         "synchronize",
     ]
     random = ["get_rng_state", "set_rng_state", "manual_seed"]
-    methods = ["type", "record_stream"]
+    methods = ["cuda", "type", "record_stream"]
     return {
         **{f"torch.{name}": getattr(torch, name) for name in names},
         **{f"torch.cuda.{name}": getattr(torch.cuda, name) for name in cuda + random},
@@ -81,6 +83,7 @@ def leave_out(name: str | None) -> dict[str, object]:
             patch.apply()
     try:
         _train_and_save()
+        _share_embedding()
         _exchange_tokens()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -97,6 +100,34 @@ def _train_and_save() -> None:
     engine.train_step()
     engine.save(wait=True)
     groups.stop()
+
+
+class _Config(SimpleNamespace):
+    """A configuration in which all that is not given is off."""
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+
+def _share_embedding() -> None:
+    """Begin with the same embedding on the first and the last of two pipeline ranks."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    first = SimpleNamespace(
+        config=_Config(pipeline_model_parallel_size=2),
+        pre_process=True,
+        post_process=False,
+        share_embeddings_and_output_weights=True,
+        embedding=SimpleNamespace(word_embeddings=SimpleNamespace(weight=weight)),
+        shared_embedding_or_output_weight=lambda: weight,
+        vp_stage=None,
+        vp_size=None,
+        pp_group=torch.distributed.group.WORLD,
+        embd_group=torch.distributed.group.WORLD,
+        _is_in_embd_group=lambda: True,
+    )
+    LanguageModule.setup_embeddings_and_output_layer(first)
+    torch.distributed.destroy_process_group()
 
 
 def _exchange_tokens() -> None:

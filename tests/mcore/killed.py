@@ -143,9 +143,12 @@ def _some_time_after(case: Case) -> None:
 def _count_saves() -> None:
     start = saver.Saver.start
 
-    def counted(*args: Any) -> None:
-        BEGUN[0] += 1
-        start(*args)
+    def counted(self: Any, take: Any, *rest: Any) -> None:
+        def taken() -> Any:  # when the save before has ended
+            BEGUN[0] += 1
+            return take()
+
+        start(self, taken, *rest)
 
     saver.Saver.start = counted  # type: ignore[method-assign, assignment]
 

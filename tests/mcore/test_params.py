@@ -36,7 +36,9 @@ def test_the_command_builds_the_modules_and_warns_of_nothing():
     done = subprocess.run(
         [*command, "--scale", "tiny", "--json"], capture_output=True, text=True, check=True
     )
-    assert done.stderr == ""
+    # The CUDA build of torch tells where it looks for CUDA on a machine without a GPU.
+    told = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert told == []
     document = json.loads(done.stdout)
     assert document["modules"]["difference"] == 0
     assert document["modules"]["total"] == document["total"] > 0
