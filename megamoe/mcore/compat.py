@@ -183,10 +183,15 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 
 def _pattern(config: TransformerConfig) -> str:
-    """Return HybridModel's pattern: E or - a layer, | between chunks, / before a prediction."""
+    """Return HybridModel's pattern: E or - a layer, | between chunks, / before a prediction.
+
+    Where the last rank has fewer layers it wants no | and cuts the pattern itself (0.19.2
+    models/hybrid/hybrid_layer_allocation.py:378).
+    """
     num_chunks = config.pipeline_model_parallel_size
     num_chunks *= config.virtual_pipeline_model_parallel_size or 1
-    count = -(-config.num_layers // num_chunks)  # the last chunk may have fewer
+    is_even = config.num_layers_in_last_pipeline_stage is None
+    count = config.num_layers // num_chunks if is_even else config.num_layers
     letters = "".join("E" if is_moe else "-" for is_moe in config.moe_layer_freq)
     chunks = [letters[i : i + count] for i in range(0, config.num_layers, count)]
     return "|".join(chunks) + "/E" * (config.mtp_num_layers or 0)
