@@ -63,20 +63,20 @@ def latest(folder: Path) -> Path | None:
     if not pointer.is_file():
         if there := all_checkpoints(folder):
             raise CheckpointError(
-                f"{pointer}: is missing, but {there[-1].name} is there{_remedy(folder)}"
+                f"{pointer}: is missing, but {there[-1].name} is there{remedy(folder)}"
             )
         return None
     words = pointer.read_text(encoding="utf-8", errors="replace").split()
     if words == [NONE_YET]:
         return None
     if not words or len(words) > 2 or not words[0].isdigit():
-        raise CheckpointError(f"{pointer}: is damaged{_remedy(folder)}")
+        raise CheckpointError(f"{pointer}: is damaged{remedy(folder)}")
     checkpoint = folder / words[0]
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{pointer}: names {words[0]}, which is missing{_remedy(folder)}")
+        raise CheckpointError(f"{pointer}: names {words[0]}, which is missing{remedy(folder)}")
     if words[1:] and words[1:] != [_manifest_sha256(checkpoint)]:
         raise CheckpointError(
-            f"{pointer}: {checkpoint.name}/{MANIFEST} is not the one it names{_remedy(folder)}"
+            f"{pointer}: {checkpoint.name}/{MANIFEST} is not the one it names{remedy(folder)}"
         )
     return checkpoint
 
@@ -96,7 +96,7 @@ def read_progress(checkpoint: Path) -> Progress:
     try:
         check_file(checkpoint, _entry(read_manifest(checkpoint), PROGRESS, checkpoint))
     except CheckpointError as error:
-        raise CheckpointError(f"{error}{_remedy(checkpoint.parent)}") from error
+        raise CheckpointError(f"{error}{remedy(checkpoint.parent)}") from error
     fields = json.loads((checkpoint / PROGRESS).read_bytes())
     ledger = tuple((stage, source, tokens) for stage, source, tokens in fields.pop("ledger"))
     return Progress(**fields, ledger=ledger)
@@ -205,12 +205,13 @@ def _manifest_sha256(checkpoint: Path) -> str:
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(
-            f"{manifest}: is missing (written by rank 0){_remedy(checkpoint.parent)}"
+            f"{manifest}: is missing (written by rank 0){remedy(checkpoint.parent)}"
         )
     return file_sha256(manifest)
 
 
-def _remedy(folder: Path) -> str:
+def remedy(folder: Path) -> str:
+    """Return what to do about a damaged checkpoint, as the end of a message."""
     return f"; `megamoe run {folder.parent} --fallback` goes on from the newest sound checkpoint"
 
 

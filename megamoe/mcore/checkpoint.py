@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megamoe.checkpoints.folder import remedy
 from megamoe.checkpoints.manifest import check_file, read_manifest
 from megamoe.errors import CheckpointError, MegamoeError
 from megamoe.mcore import groups
@@ -111,10 +112,7 @@ def verify(folder: Path) -> None:
     problems: list[str | None] = [None] * world
     torch.distributed.all_gather_object(problems, problem, group=groups.saving())
     if found := [problem for problem in problems if problem]:
-        raise CheckpointError(
-            f"{found[0]}; `megamoe run {folder.parent.parent} --fallback` goes on from the newest "
-            "sound checkpoint"
-        )
+        raise CheckpointError(f"{found[0]}{remedy(folder.parent)}")
 
 
 def cause(error: BaseException) -> str:
