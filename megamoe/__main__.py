@@ -45,6 +45,16 @@ COMMANDS = (
         help="verify and inspect the checkpoints of a run",
         module="megamoe.checkpoints.cli",
     ),
+    Command(
+        name="generate",
+        help="let a trained model go on after a prompt",
+        module="megamoe.generate.cli",
+    ),
+    Command(
+        name="eval",
+        help="measure a trained model on files of text",
+        module="megamoe.generate.eval_cli",
+    ),
     Command(name="report", help="report on a run", module="megamoe.report.cli"),
     Command(name="doctor", help="say what this machine can do", module="megamoe.doctor.cli"),
 )

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamoe.checkpoints.folder import remedy
@@ -80,20 +80,24 @@ def load(
     random_state = state.pop("random")
     if same_layout:
         state["random"] = random_state
-    try:
-        with careful_reading(), loading_checkpoint():
-            loaded = dist_checkpointing.load(state, str(folder))
-    except (Exception, CheckpointException) as error:  # the latter is no Exception in torch 2.13
-        raise CheckpointError(f"{folder} cannot be loaded: {cause(error)}") from error
+    loaded = _read(folder, state)
     for index, chunk in enumerate(chunks):
-        missing, unknown = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
-        # Megatron-core's linear layers ask for a state that is empty without FP8.
-        problems = [name for name in missing if not name.endswith("_extra_state")] + unknown
-        assert not problems, problems
+        _set_weights(unwrap(chunk), loaded[f"model{index}"])
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
     if same_layout:
         _set_random_state(loaded["random"])
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint, of whatever layout, into a whole model on one process.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or it is no checkpoint of this model.
+    """
+    verify(folder)
+    state = {"model0": _weights(model, groups.sharding())}
+    _set_weights(model, _read(folder, state)["model0"])
 
 
 def verify(folder: Path) -> None:
@@ -137,12 +141,7 @@ def _state(
 ) -> dict[str, Any]:
     metadata = groups.sharding()
     state: dict[str, Any] = {
-        f"model{index}": {
-            name: value
-            for name, value in unwrap(chunk).sharded_state_dict(metadata=metadata).items()
-            if not (isinstance(value, ShardedObject) and value.data is None)  # _extra_state
-        }
-        for index, chunk in enumerate(chunks)
+        f"model{index}": _weights(unwrap(chunk), metadata) for index, chunk in enumerate(chunks)
     }
     models = state if len(chunks) > 1 else state["model0"]
     state["optimizer"] = optimizer.sharded_state_dict(
@@ -156,6 +155,29 @@ def _state(
         for name, value in _random_state().items()
     }
     return state
+
+
+def _weights(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in model.sharded_state_dict(metadata=metadata).items()
+        if not (isinstance(value, ShardedObject) and value.data is None)  # _extra_state
+    }
+
+
+def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with careful_reading(), loading_checkpoint():
+            return dist_checkpointing.load(state, str(folder))
+    except (Exception, CheckpointException) as error:  # the latter is no Exception in torch 2.13
+        raise CheckpointError(f"{folder} cannot be loaded: {cause(error)}") from error
+
+
+def _set_weights(model: nn.Module, loaded: dict[str, Any]) -> None:
+    missing, unknown = model.load_state_dict(loaded, strict=False)
+    # Megatron-core's linear layers ask for a state that is empty without FP8.
+    problems = [name for name in missing if not name.endswith("_extra_state")] + unknown
+    assert not problems, problems
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
+import numpy.typing
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -91,22 +92,14 @@ class TrainingText:
             yield _batch([self.samples[i] for i in range(index, index + micro_batch)])
 
 
-class HeldoutText:
-    """Held-out text of one source, cut into windows; the last is padded and masked."""
+class Windows:
+    """A text cut into windows; the last is padded and masked."""
 
-    def __init__(self, data: Data, shard: Shard, seq_len: int, tokens: int) -> None:
-        """Read at most `tokens` tokens of the shard."""
-        check_shard(Path(data.folder), shard)
-        dataset = IndexedDataset(str(Path(data.folder) / shard.prefix))
-        count, documents = 0, []
-        for document in range(len(dataset)):
-            if count > tokens:
-                break
-            documents.append(dataset[document])
-            count += len(documents[-1])
-        self.text = numpy.concatenate(documents).astype(numpy.int64)[: tokens + 1]
+    def __init__(self, text: numpy.typing.NDArray[numpy.int64], seq_len: int, pad_id: int) -> None:
+        """Take the tokens; all but the first are predicted."""
+        self.text = text
         self.seq_len = seq_len
-        self.pad_id = data.pad_id
+        self.pad_id = pad_id
         self.num_windows = -(-(len(self.text) - 1) // seq_len)
 
     def micro_batches(self, count: int, micro_batch: int) -> Iterator[Batch]:
@@ -131,6 +124,28 @@ class HeldoutText:
             "loss_mask": mask,
             "position_ids": torch.arange(self.seq_len),
         }
+
+
+class HeldoutText(Windows):
+    """Held-out text of one source, in windows."""
+
+    def __init__(self, data: Data, shard: Shard, seq_len: int, tokens: int) -> None:
+        """Read at most `tokens` tokens of the shard."""
+        check_shard(Path(data.folder), shard)
+        text = read_tokens(Path(data.folder) / shard.prefix, tokens)
+        super().__init__(text, seq_len, data.pad_id)
+
+
+def read_tokens(prefix: Path, tokens: int) -> numpy.typing.NDArray[numpy.int64]:
+    """Return the first tokens of a shard, and one more to predict after the last."""
+    dataset = IndexedDataset(str(prefix))
+    count, documents = 0, []
+    for document in range(len(dataset)):
+        if count > tokens:
+            break
+        documents.append(dataset[document])
+        count += len(documents[-1])
+    return numpy.concatenate(documents).astype(numpy.int64)[: tokens + 1]
 
 
 def check_shard(folder: Path, shard: Shard) -> None:

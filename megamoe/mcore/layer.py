@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megamoe.mcore.compat import SpecifiedLatentAttention
+from megamoe.mcore.decode import attend_grouped, attend_latent
 from megamoe.nn.attention import causal_attention
+from megamoe.nn.cache import Cache
 from megamoe.nn.norm import RMSNorm
 from megamoe.nn.residual import NormedResidual
 from megamoe.nn.rotary import yarn_frequencies, yarn_scale
@@ -117,6 +119,18 @@ class LatentAttention(SpecifiedLatentAttention):
                 config, config.hidden_size, config.q_lora_rank
             )
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None,
+        inference_context: Cache | None = None,
+        **options: Any,
+    ) -> Any:
+        """Attend as Megatron-core does; with a cache, to what it holds, too."""
+        if inference_context is not None:
+            return attend_latent(self, hidden_states, inference_context)
+        return super().forward(hidden_states, attention_mask, **options)
+
 
 class GroupedAttention(SelfAttention):
     """GQA whose rotary positions belong to the layer, or are absent."""
@@ -129,8 +143,16 @@ class GroupedAttention(SelfAttention):
             # all dimensions are rotated, so that scaled queries and keys are scaled scores
             self.core_attention.scale *= yarn_scale(rope.yarn, rope.yarn.mscale) ** 2
 
-    def forward(self, hidden_states: Tensor, attention_mask: None, **options: Any) -> Any:
-        """Rotate queries and keys by the layer's own positions."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: None,
+        inference_context: Cache | None = None,
+        **options: Any,
+    ) -> Any:
+        """Rotate queries and keys by the layer's own positions; with a cache, go on after it."""
+        if inference_context is not None:
+            return attend_grouped(self, hidden_states, inference_context)
         if self.rotary is not None:
             seq_len = self.rotary.get_rotary_seq_len(
                 None, None, hidden_states, self.config, options.get("packed_seq_params")

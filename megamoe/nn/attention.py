@@ -1,6 +1,6 @@
 """Causal attention, full or within a window, on torch's own kernels.
 
-Shapes: S sequence, B batch, N query heads, M key-value heads (N a multiple of M),
+Shapes: S sequence, P positions up to its end, B batch, N query heads, M key-value heads (N a multiple of M),
 D query and key head dimension, V value head dimension, C block of queries.
 """
 
@@ -51,6 +51,46 @@ def causal_attention(
     return out.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
 
 
+def continued_attention(
+    q_SBND: Tensor,
+    k_PBMD: Tensor,
+    v_PBMV: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    kernel: str | None = None,
+) -> Tensor:
+    """Attend as `causal_attention` does, where a sequence goes on after earlier positions.
+
+    Args:
+        q_SBND: queries of the last S positions.
+        k_PBMD: keys of at least those that a query may see, up to the last.
+        v_PBMV: values, as the keys.
+        window: number of keys a query sees at most; None: all before it.
+        scale: factor of the scores before the softmax.
+        kernel: as there; used where nothing comes before the queries.
+
+    Returns:
+        [S, B, N * V], dtype of the queries.
+    """
+    (seq_len, batch, num_heads, _), num_keys = q_SBND.shape, len(k_PBMD)
+    if seq_len == num_keys:
+        return causal_attention(q_SBND, k_PBMD, v_PBMV, window=window, scale=scale, kernel=kernel)
+    if window is not None:  # of one query there are then no keys to mask
+        num_keys = min(num_keys, window + seq_len - 1)
+        k_PBMD, v_PBMV = k_PBMD[-num_keys:], v_PBMV[-num_keys:]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_PBMD, v_PBMV))
+    out = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if seq_len == 1 else _continued_mask(seq_len, num_keys, window, q.device),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
+
+
 def describe(device: torch.device, key_dim: int, value_dim: int) -> dict[str, str]:
     """Return which kernel does full attention and which a window, in bfloat16, and tries them.
 
@@ -88,6 +128,15 @@ def window_mask(block: int, window: int, device: torch.device) -> Tensor:
         - torch.arange(2 * block, device=device)[None, :]
     )
     return (distance >= 0) & (distance < window)
+
+
+def _continued_mask(
+    seq_len: int, num_keys: int, window: int | None, device: torch.device
+) -> Tensor:
+    """Return [S, P]: which keys each of the last S positions sees."""
+    queries = torch.arange(num_keys - seq_len, num_keys, device=device)
+    distance = queries[:, None] - torch.arange(num_keys, device=device)[None, :]
+    return (distance >= 0) & (distance < (num_keys if window is None else window))
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:

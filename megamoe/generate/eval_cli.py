@@ -1,0 +1,73 @@
+"""`megamoe eval perplexity`: what files of text cost a run's checkpoint."""
+
+import argparse
+import sys
+
+from megamoe.errors import MegamoeError
+from megamoe.generate.cli import add_model_arguments
+from megamoe.generate.opened import opened
+from megamoe.generate.place import find_checkpoint, find_texts, open_tokenizer
+
+_EPILOG = """examples:
+  megamoe eval perplexity runs/tiny korean.jsonl.zst english.txt
+  megamoe eval perplexity runs/tiny data/sample/*.heldout.bin
+"""
+_DESCRIPTION = (
+    "Print the loss in nats a token, the perplexity and the bits a byte of each file: text (.txt, "
+    ".jsonl, also compressed; folders and quoted patterns too) or shards (PREFIX.bin)."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand of `megamoe eval`."""
+    parser.epilog = _EPILOG
+    commands = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
+    costing = commands.add_parser(
+        "perplexity",
+        help="loss, perplexity and bits a byte of files of text",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(costing)
+    costing.add_argument("files", nargs="+", metavar="FILE", help="text or shards")
+    costing.add_argument(
+        "--text-key", default="text", metavar="KEY", help="field of a JSON line (default text)"
+    )
+    costing.add_argument(
+        "--max-tokens", type=int, default=sys.maxsize - 1, metavar="N", help="of a file at most"
+    )
+    costing.set_defaults(run=run_perplexity)
+
+
+def run_perplexity(args: argparse.Namespace) -> int:
+    """Print a line for each file as it is done."""
+    if args.max_tokens < 1:
+        raise MegamoeError(f"--max-tokens {args.max_tokens} predicts nothing; give 1 or more")
+    place = find_checkpoint(args.path)
+    tokenizer = open_tokenizer(place.plan, args.tokenizer)
+    files = find_texts(args.files)
+    with opened(place) as model:
+        from megamoe.generate.perplexity import cost_of, read_texts
+
+        texts = list(
+            read_texts(files, tokenizer, text_key=args.text_key, max_tokens=args.max_tokens)
+        )
+        width = max(len(text.name) for text in texts)
+        _say(f"{place.checkpoint}, windows of {model.segment.seq_len:,} tokens")
+        _say(
+            f"{'file':<{width}}  {'tokens':>12}  {'nats/token':>10}  {'perplexity':>10}  "
+            f"{'bits/byte':>9}"
+        )
+        for text in texts:
+            cost = cost_of(text, model, tokenizer)
+            _say(
+                f"{cost.name:<{width}}  {cost.tokens:>12,}  {cost.loss:>10.4f}  "
+                f"{cost.perplexity:>10,.2f}  {cost.bits_per_byte:>9.4f}"
+            )
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

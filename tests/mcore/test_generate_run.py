@@ -1,0 +1,190 @@
+"""From a run's checkpoint to text and to what text costs, as a person asks for it."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.shards import read_document
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizer_train import train_tokenizer
+from megamoe.checkpoints import folder as files
+from megamoe.errors import CheckpointError, DataError
+from megamoe.generate.perplexity import Cost, cost_of, read_texts
+from megamoe.generate.place import find_texts
+from megamoe.mcore.inference import TrainedModel
+from megamoe.mcore.model import unwrap
+from megamoe.plan.json import write_plan
+from megamoe.plan.plan import Plan
+from megamoe.recipe import Bf16, Fp32
+from tests.mcore import tiny
+from tests.mcore.test_model import FLOAT32, reference_weights, roundings
+from tests.mcore.world import train, world_of_one
+from tests.reference.model import Reference, token_losses
+
+ROOT = Path(__file__).parents[2]
+TEXT = "a line of text, 글 한 줄, and so on\n"
+
+
+def plan_of(folder: Path, model=tiny.LATENT, precision=None) -> Plan:
+    """Return a plan whose data folder has a tokenizer; its shards are no text, but of its ids."""
+    model = replace(model, vocab_size=280)
+    plan = tiny.tiny_plan(folder / "data", model, precision=precision or Fp32())
+    train_tokenizer("byte-level-bpe", 280, [TEXT] * 9, folder / "data" / "tokenizer")
+    data = replace(plan.data, eod_id=2, pad_id=0, vocab_size=280)
+    return replace(plan, data=data)
+
+
+def trained(folder: Path, plan: Plan):
+    """Return the engine after two steps, its checkpoint written."""
+    (folder / "run").mkdir()
+    write_plan(folder / "run" / "plan.json", plan)
+    engine = train(plan, folder / "run", 2)
+    engine.save(wait=True)
+    return engine
+
+
+def opened(folder: Path, plan: Plan) -> TrainedModel:
+    checkpoint = files.latest(folder / "run" / "checkpoints")
+    return TrainedModel(plan, plan.segments[0], checkpoint)
+
+
+def tokenizer_of(plan: Plan) -> Tokenizer:
+    return load_tokenizer(Path(plan.data.folder) / "tokenizer")
+
+
+@pytest.mark.parametrize("precision", [Fp32(), Bf16()])
+@pytest.mark.parametrize("model", [tiny.LATENT, tiny.GROUPED, tiny.SOFTMAX])
+def test_the_weights_are_those_that_were_trained(tmp_path, model, precision):
+    plan = plan_of(tmp_path, model, precision)
+    with world_of_one(plan):
+        expected = unwrap(trained(tmp_path, plan).chunks[0]).state_dict()
+        actual = opened(tmp_path, plan).module.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert actual[name].dtype == value.dtype, name
+            assert torch.equal(actual[name], value), name
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    plan = plan_of(tmp_path)
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        [shard] = (tmp_path / "run" / "checkpoints").glob("0*/__0_0.distcp")
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(CheckpointError, match="is damaged, its SHA-256 is another"):
+            opened(tmp_path, plan)
+
+
+@pytest.mark.parametrize("model", [tiny.LATENT, tiny.GROUPED, tiny.SOFTMAX])
+def test_heldout_text_costs_what_it_did_in_training(tmp_path, model):
+    plan = plan_of(tmp_path, model)
+    with world_of_one(plan):
+        [expected] = trained(tmp_path, plan).evaluate()
+        shard = Path(plan.data.folder) / "one.heldout.bin"
+        tokenizer = tokenizer_of(plan)
+        [text] = read_texts([shard], tokenizer, text_key="text", max_tokens=plan.eval_tokens)
+        cost = cost_of(text, opened(tmp_path, plan), tokenizer)
+    assert cost.tokens == expected.tokens
+    # The model's roundings, and those of training's float32 sum over the tokens.
+    error = abs(cost.loss - expected.loss) / expected.loss
+    assert error <= (2 * roundings(plan.model, 16) + plan.eval_tokens) * FLOAT32
+
+
+def test_a_text_costs_what_the_reference_says(tmp_path):
+    plan = plan_of(tmp_path)
+    file = tmp_path / "some.txt"
+    file.write_text(TEXT * 3)
+    tokenizer = tokenizer_of(plan)
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        model = opened(tmp_path, plan)
+        [text] = read_texts([file], tokenizer, text_key="text", max_tokens=10_000)
+        cost = cost_of(text, model, tokenizer)
+        reference = Reference(plan.model, reference_weights(model.module))
+    ids = [*tokenizer.encode(TEXT * 3), 2]
+    assert text.tokens.tolist() == ids
+    expected = 0.0
+    for start in range(0, len(ids) - 1, 16):
+        window = torch.tensor([ids[start : start + 17]])
+        losses = token_losses(reference.run(window[:, :-1]).logits, window[:, 1:])
+        expected += float(losses.detach().sum())
+    assert cost.tokens == len(ids) - 1
+    assert cost.nats == pytest.approx(expected, rel=roundings(plan.model, 16) * FLOAT32)
+    assert cost.num_bytes == len((TEXT * 3).encode()) - len(tokenizer.decode(ids[:1]).encode())
+
+
+def test_loss_perplexity_and_bits_a_byte():
+    cost = Cost(name="x", tokens=10, nats=20 * math.log(2), num_bytes=40)
+    assert cost.loss == pytest.approx(2 * math.log(2))
+    assert cost.perplexity == pytest.approx(4)
+    assert cost.bits_per_byte == pytest.approx(0.5)
+
+
+def test_documents_of_json_lines_each_end(tmp_path):
+    tokenizer = tokenizer_of(plan_of(tmp_path))
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"body": "ab"}\n{"body": ""}\n{"body": "c"}\n')
+    [text] = read_texts([file], tokenizer, text_key="body", max_tokens=100)
+    assert text.tokens.tolist() == [*tokenizer.encode("ab"), 2, *tokenizer.encode("c"), 2]
+    [text] = read_texts([file], tokenizer, text_key="body", max_tokens=2)
+    assert len(text.tokens) == 3
+
+
+def test_a_shard_is_read_by_either_file_and_by_its_prefix(tmp_path):
+    plan = plan_of(tmp_path)
+    prefix = Path(plan.data.folder) / "one.heldout"
+    names = [f"{prefix}.bin", f"{prefix}.idx", str(prefix)]
+    texts = list(
+        read_texts(find_texts(names), tokenizer_of(plan), text_key="text", max_tokens=10_000)
+    )
+    expected = [token for number in range(5) for token in read_document(prefix, number)]
+    assert [text.tokens.tolist() for text in texts] == [expected] * 3
+
+
+def test_a_text_that_predicts_nothing_is_refused(tmp_path):
+    plan = plan_of(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match=r"empty.txt: holds 0 tokens; 2 are needed"):
+        list(read_texts([tmp_path / "empty.txt"], tokenizer_of(plan), text_key="t", max_tokens=9))
+
+
+def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
+    plan = plan_of(tmp_path)
+    train_tokenizer("byte-level-bpe", 270, [TEXT] * 9, tmp_path / "small")
+    small = load_tokenizer(tmp_path / "small")
+    small = replace(small, meta=replace(small.meta, vocab_size=50))
+    shard = Path(plan.data.folder) / "one.bin"
+    with pytest.raises(DataError, match=r"one\.bin: holds token 95, the tokenizer has 50"):
+        list(read_texts([shard], small, text_key="text", max_tokens=10_000))
+
+
+def megamoe(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megamoe", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_commands_speak_and_measure(tmp_path):
+    plan = plan_of(tmp_path)
+    with world_of_one(plan):
+        [expected] = trained(tmp_path, plan).evaluate()
+    run = tmp_path / "run"
+    words = ("generate", run, "--prompt", "a line 글", "--max-tokens", "12", "--temperature", "0.9")
+    first, second = megamoe(*words), megamoe(*words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("a line 글")
+    assert first.stderr.count("\n") == 1  # no warning of any library
+    assert "000000000000256: " in first.stderr
+    shard = f"{plan.data.folder}/one.heldout.bin"
+    done = megamoe("eval", "perplexity", run, shard, "--max-tokens", plan.eval_tokens)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1].split()[:3] == [shard, "200", f"{expected.loss:.4f}"]
