@@ -23,11 +23,13 @@ TRAIN = [
     "matplotlib",  # the plot of a report; a report without it says so
 ]
 DATA = ["tokenizers", "sentencepiece", "zstandard", "pyarrow", "orjson", "numpy", "rich"]
+CONVERT = ["torch>=2.11", "numpy", "safetensors>=0.5"]
 TRACK = ["tensorboard", "wandb"]
 EXTRAS = {
     "train": TRAIN,
     "data": DATA,
     "track": TRACK,
+    "convert": CONVERT,
     # Found at run time and never required. Its torch part is compiled, which needs the CUDA toolkit.
     "gpu": ["transformer-engine[pytorch]; sys_platform == 'linux'"],
     # For launching on Kubernetes, which this version does not do yet.
@@ -36,6 +38,8 @@ EXTRAS = {
         *TRAIN,
         *DATA,
         *TRACK,
+        *CONVERT,
+        "transformers>=5.15",  # reads what `megamoe convert` writes, in tests
         "ruff>=0.17,<0.18",  # formats: another version may format otherwise
         "mypy>=2.4,<3",
         "import-linter>=2.16,<3",

@@ -46,6 +46,11 @@ COMMANDS = (
         module="megamoe.checkpoints.cli",
     ),
     Command(
+        name="convert",
+        help="write and read Hugging Face folders",
+        module="megamoe.convert.cli",
+    ),
+    Command(
         name="generate",
         help="let a trained model go on after a prompt",
         module="megamoe.generate.cli",

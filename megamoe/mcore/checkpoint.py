@@ -5,6 +5,7 @@ read it. Nothing else is stored but a few settings of the optimizer: all of it i
 """
 
 import io
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from megamoe.mcore.compat import loading_checkpoint
 from megamoe.mcore.model import unwrap
 from megamoe.mcore.optim import separate_steps
 from megamoe.mcore.shards import careful_reading
+from megamoe.mcore.stored import ShardReader, has_optimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,17 +74,24 @@ def load(
 ) -> None:
     """Load a checkpoint into a model of any layout; random states only into the same one.
 
+    One of weights alone (megamoe/convert) leaves random states as they are and begins the
+    optimizer's: its float32 copies are the weights, its moments zero.
+
     Raises:
         CheckpointError: a file is missing or damaged, or it is no checkpoint of this model.
     """
     verify(folder)
-    state = _state(chunks, optimizer, is_loading=True)
-    random_state = state.pop("random")
-    if same_layout:
-        state["random"] = random_state
+    # Asked for its state to load into, an optimizer makes a step: not where there is none to load.
+    is_whole = has_optimizer(_metadata(folder))
+    state = _state(chunks, optimizer if is_whole else None, is_loading=True)
+    if not (is_whole and same_layout):
+        del state["random"]
     loaded = _read(folder, state)
     for index, chunk in enumerate(chunks):
         _set_weights(unwrap(chunk), loaded[f"model{index}"])
+    if not is_whole:
+        optimizer.reload_model_params()
+        return
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
     if same_layout:
@@ -137,16 +146,20 @@ def _copy(data: Tensor) -> Tensor:
 
 
 def _state(
-    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer | None,
+    *,
+    is_loading: bool,
 ) -> dict[str, Any]:
     metadata = groups.sharding()
     state: dict[str, Any] = {
         f"model{index}": _weights(unwrap(chunk), metadata) for index, chunk in enumerate(chunks)
     }
-    models = state if len(chunks) > 1 else state["model0"]
-    state["optimizer"] = optimizer.sharded_state_dict(
-        models, is_loading=is_loading, metadata=metadata
-    )
+    if optimizer is not None:
+        models = state if len(chunks) > 1 else state["model0"]
+        state["optimizer"] = optimizer.sharded_state_dict(
+            models, is_loading=is_loading, metadata=metadata
+        )
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     state["random"] = {
         name: ShardedTensor.from_rank_offsets(
@@ -163,6 +176,13 @@ def _weights(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
         for name, value in model.sharded_state_dict(metadata=metadata).items()
         if not (isinstance(value, ShardedObject) and value.data is None)  # _extra_state
     }
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    try:
+        return ShardReader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {cause(error)}") from error
 
 
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:

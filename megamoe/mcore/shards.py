@@ -1,16 +1,15 @@
 """Shards of a checkpoint in torch's distributed format: hashed as they are written, read with care.
 
 A rank writes one file of its own tensors; the first rank also writes `.metadata`, which says where
-each tensor is. That file is a pickle, so only the classes it is made of are admitted.
+each tensor is, and which is read by megamoe/mcore/stored.py.
 """
 
-import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -22,46 +21,21 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import (
     FileSystem,
-    FileSystemReader,
     FileSystemWriter,
-    _StorageInfo,
 )
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-from torch.serialization import _get_layout
 
 from megamoe.checkpoints.manifest import FileEntry, HashingFile
 from megamoe.errors import CheckpointError
+from megamoe.mcore.stored import ShardReader
 
-METADATA = ".metadata"
 # torch.save adds about 1.2 KB to a tensor, the entry in .metadata is about 0.5 KB.
 _BYTES_PER_TENSOR = 2_048
 _BYTES_PER_CHECKPOINT = 1 << 20  # manifest, progress, what else there is
-_ADMITTED = {
-    (admitted.__module__, admitted.__qualname__): admitted
-    for admitted in (
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        ChunkStorageMetadata,
-        TensorProperties,
-        TensorStorageMetadata,
-        _MEM_FORMAT_ENCODING,
-        _StorageInfo,
-        _get_layout,
-    )
-} | {("torch", "Size"): torch.Size}
 
 
 class ShardWriter(FileSystemWriter):
@@ -125,28 +99,6 @@ class ShardWriter(FileSystemWriter):
         return [replace(entry, name=entry.name.removesuffix(".tmp")) for entry in entries]
 
 
-class ShardReader(FileSystemReader):
-    """Reads shards; `.metadata` is read once, and only what it may hold is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read from a checkpoint whose hashes have been checked."""
-        super().__init__(folder)
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return what `.metadata` says.
-
-        Raises:
-            CheckpointError: it names a class or a function that no such file needs.
-        """
-        if self._metadata is None:
-            path = Path(self.path) / METADATA
-            with path.open("rb") as file:
-                self._metadata = _Unpickler(file, path).load()
-            self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return self._metadata
-
-
 def write_shards(
     state: dict[str, list[ShardedTensor]], folder: Path, group: ProcessGroup
 ) -> ShardWriter:
@@ -193,29 +145,6 @@ class _HashedFiles(FileSystem):
         with HashingFile(Path(path)) as file:
             self.written.append(file)
             yield file
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, path: Path) -> None:
-        super().__init__(file)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
-        if (module, name) == ("builtins", "getattr"):  # how an enum's member is pickled
-            return self._member
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return self._refuse(f"{module}.{name}")
-
-    def _member(self, enum: Any, name: Any) -> Any:
-        if enum is _MEM_FORMAT_ENCODING and name in _MEM_FORMAT_ENCODING.__members__:
-            return _MEM_FORMAT_ENCODING[name]
-        return self._refuse(f"the attribute {name} of {enum}")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise CheckpointError(f"{self._path}: holds {what}, which no checkpoint needs")
 
 
 def _num_bytes(item: WriteItem) -> int:

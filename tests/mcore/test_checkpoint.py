@@ -17,7 +17,7 @@ from megamoe.errors import CheckpointError
 from megamoe.mcore import checkpoint, compat, optim, shards
 from megamoe.mcore.config import transformer_config
 from megamoe.mcore.engine import Engine
-from megamoe.mcore.shards import METADATA, ShardReader
+from megamoe.mcore.stored import METADATA, ShardReader
 from megamoe.recipe import Bf16, Fp32
 from tests.mcore import tiny
 from tests.mcore.world import adam_states, everything, train, world_of_one

@@ -1,0 +1,81 @@
+"""A table and a model together: every tensor of ours with its rule and every tensor of theirs."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from megamoe.convert.ours import EXPERTS, Shape, our_tensors
+from megamoe.convert.rules import RotaryLast, Rule
+from megamoe.convert.tables import Table
+from megamoe.recipe.model import Model
+
+_LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.)?(.+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor of ours, or one expert of it, and the tensors of theirs that it becomes."""
+
+    ours: str
+    index: tuple[int, int] | None  # expert and number of experts
+    shape: Shape  # of the tensor, or of the expert
+    rule: Rule
+    theirs: tuple[tuple[str, Shape], ...]
+
+    @property
+    def is_float32(self) -> bool:
+        """Tell whether it is float32 whatever the weights are: a bias moves in steps of 1e-4."""
+        return self.ours.endswith(".expert_bias")
+
+
+def entries(table: Table, model: Model, *, rotary_is_split: bool = False) -> Iterator[Entry]:
+    """Yield every tensor of a model, experts one by one, in the order of our layers.
+
+    Args:
+        table: the names.
+        model: the structure, which the table's architecture can express.
+        rotary_is_split: their rotary rows of MLA pair i with i + d/2.
+    """
+    for ours, shape in our_tensors(model).items():
+        prefix, (rule, names) = _line(table, ours)
+        if isinstance(rule, RotaryLast):
+            rule = replace(rule, is_split=rotary_is_split)
+        bound = rule.bind(model)
+        count = shape[0] if EXPERTS in ours else None
+        for expert in range(count or 1):
+            own = shape[1:] if count else shape
+            # Shapes of their tensors follow from the rule, on a tensor without values.
+            parts = bound.split(torch.empty(own, device="meta"))
+            yield Entry(
+                ours=ours,
+                index=(expert, count) if count else None,
+                shape=own,
+                rule=bound,
+                theirs=tuple(
+                    (prefix + name.format(expert), tuple(part.shape))
+                    for name, part in zip(names, parts, strict=True)
+                ),
+            )
+
+
+def usual_name(table: Table, name: str) -> str:
+    """Return the name that a table has for a tensor which some folders call otherwise."""
+    for other, usual in table.other_names:
+        if name.endswith(other):
+            return name.removesuffix(other) + usual
+        if not usual and name.startswith(other):
+            name = name.removeprefix(other)
+    return name
+
+
+def _line(table: Table, ours: str) -> tuple[str, tuple[Rule, tuple[str, ...]]]:
+    if ours in table.once:
+        return "", table.once[ours]
+    found = _LAYER.fullmatch(ours)
+    assert found, ours
+    kind, number, rest = found.groups()
+    prefix = table.layer if kind == "decoder" else table.prediction
+    assert prefix, f"{ours} is refused by the architecture"
+    return prefix.format(number), table.in_layer[rest]

@@ -1,0 +1,232 @@
+"""A Hugging Face folder becomes the first checkpoint of a run: weights alone, tensor by tensor."""
+
+import bisect
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import megamoe
+from megamoe.checkpoints import folder as files
+from megamoe.checkpoints.folder import Progress
+from megamoe.checkpoints.manifest import FileEntry, write_file, write_manifest
+from megamoe.convert import audit
+from megamoe.convert.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    problems,
+    stage_of,
+)
+from megamoe.convert.config import differences, rotary_is_split
+from megamoe.convert.entries import Entry, entries
+from megamoe.convert.hf_folder import HfFolder, HfTensor, read
+from megamoe.convert.ours import share_tensors
+from megamoe.errors import CheckpointError
+from megamoe.mcore.stored import TensorWriter
+from megamoe.plan.json import digest, read_plan
+from megamoe.plan.plan import Plan
+from megamoe.plan.schedule import position_at_step
+
+Say = Callable[[str], None]
+Written = tuple[list[FileEntry], dict[str, tuple[str, tuple[int, ...]]]]  # files, tensors
+_BIAS = ".e_score_correction_bias"
+_SAY_EVERY_BYTES = 1 << 30
+# What Megatron-core's dist_checkpointing wants to find in metadata.json.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A folder whose tensors are those of the plan's model."""
+
+    place: str
+    tensors: dict[str, HfTensor]
+    left_out: list[str]
+    hashes: dict[str, str] | None  # of its audit
+    dtype: torch.dtype  # of the weights to write
+
+
+def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
+    """Write the first checkpoint of a run and return its folder.
+
+    Args:
+        folder: config.json and safetensors.
+        run_dir: holds the plan of the run, and no checkpoint.
+        tokens_seen: where the run begins in its plan, at the end of a step.
+        say: takes lines on what happens.
+
+    Raises:
+        CheckpointError: the folder is not of the plan's model; a tensor is missing, extra,
+            misshaped, not finite, or not the one of the folder's audit.
+    """
+    plan = read_plan(run_dir / "plan.json")
+    checkpoints = run_dir / "checkpoints"
+    if (newest := files.latest(checkpoints)) is not None:
+        raise CheckpointError(f"{newest}: is there already; give a run folder without checkpoints")
+    progress = _progress(plan, tokens_seen, run_dir)
+    theirs = HfFolder(folder)
+    architecture = _architecture(theirs, plan, progress.segment)
+    is_split = rotary_is_split(theirs.config)
+    found = list(entries(architecture.table, plan.model, rotary_is_split=is_split))
+    source = _source(theirs, architecture, found)
+    say(f"{folder} is {architecture.model_type}, {len(source.tensors):,} tensors")
+    name = files.name_of(tokens_seen)
+    partial = files.begin(checkpoints, name)
+    assert partial is not None, "the folder has no checkpoint"
+    try:
+        with TensorWriter(partial) as writer:
+            pairs = _write_weights(writer, source, found, say)
+            for ours, shape in share_tensors(plan.model).items():
+                writer.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
+            written = writer.finish()
+        facts: dict[str, object] = {
+            "megamoe": megamoe.__version__,
+            "direction": "from-hf",
+            "folder": str(folder.resolve()),
+            "model_type": architecture.model_type,
+            "left_out": source.left_out,
+        }
+        _finish(partial, written, progress, audit.audit_text(facts, pairs))
+        files.publish(partial, checkpoints / name, plan.keep_checkpoints)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return checkpoints / name
+
+
+def _architecture(theirs: HfFolder, plan: Plan, segment: int) -> Architecture:
+    place = theirs.path / "config.json"
+    model_type = str(theirs.config.get("model_type")).lower()  # A.X-K1 was AXK1 at first
+    if model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{place}: model_type {model_type!r} is not known; known: {', '.join(ARCHITECTURES)}"
+        )
+    architecture = ARCHITECTURES[model_type]
+    stage = stage_of(plan.model, plan.segments, segment)
+    found = list(problems(architecture, stage))
+    if plan.model.mtp is not None and not architecture.has_prediction:
+        found.append("multi-token prediction (give the plan --set model.mtp=None)")
+    if found:
+        raise CheckpointError(
+            f"{place}: {model_type} does not express the plan's model: {found[0]}"
+        )
+    if differing := list(differences(architecture, stage, theirs.config)):
+        raise CheckpointError(f"{place}: is of another model than the plan: {'; '.join(differing)}")
+    return architecture
+
+
+def _source(theirs: HfFolder, architecture: Architecture, found: list[Entry]) -> _Source:
+    """Compare names and shapes of all tensors with the model's before one of them is read."""
+    place = str(theirs.path)
+    tensors = theirs.tensors(architecture.table)
+    wanted = {name: shape for entry in found for name, shape in entry.theirs}
+    # transformers keeps a bias in any such model; without one it is 0, and moves no choice.
+    left_out = sorted(
+        name
+        for name in tensors.keys() - wanted.keys()
+        if name.endswith(_BIAS) and not read(tensors[name]).any()
+    )
+    for name in left_out:
+        del tensors[name]
+    audit.check_names(place, set(tensors), set(wanted))
+    for name, shape in wanted.items():
+        audit.check_shape(place, name, tensors[name].shape, shape)
+    # One type for all; where theirs differ, the one that holds them all.
+    dtypes = {
+        tensors[name].dtype for entry in found if not entry.is_float32 for name, _ in entry.theirs
+    }
+    return _Source(
+        place=place,
+        tensors=tensors,
+        left_out=left_out,
+        hashes=audit.read_hashes(theirs.path),
+        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+    )
+
+
+def _write_weights(
+    writer: TensorWriter, source: _Source, found: list[Entry], say: Say
+) -> list[audit.Pair]:
+    pairs = []
+    done = said = 0
+    for entry in found:
+        parts = tuple(read(source.tensors[name]) for name, _ in entry.theirs)
+        records = []
+        for (name, _), part in zip(entry.theirs, parts, strict=True):
+            audit.check_finite(source.place, name, part)
+            records.append(audit.record(name, part))
+            if source.hashes is not None and source.hashes.get(name) != records[-1].sha256:
+                raise CheckpointError(
+                    f"{source.place}: {name} is not the tensor of {audit.AUDIT}, its SHA-256 is another"
+                )
+        dtype = torch.float32 if entry.is_float32 else source.dtype
+        ours = entry.rule.join(parts).to(dtype).contiguous()
+        assert tuple(ours.shape) == entry.shape, (entry.ours, ours.shape)
+        writer.write(entry.ours, ours, entry.index)
+        expert = None if entry.index is None else entry.index[0]
+        pairs.append(audit.Pair(ours=audit.record(entry.ours, ours, expert), theirs=tuple(records)))
+        done += ours.numel() * ours.element_size()
+        if done - said >= _SAY_EVERY_BYTES:
+            say(f"{entry.ours}  {done:,} bytes so far")
+            said = done
+    return pairs
+
+
+def _finish(partial: Path, files_and_tensors: Written, progress: Progress, text: str) -> None:
+    """Write what a checkpoint has beside its shards, the manifest last."""
+    written, tensors = files_and_tensors
+    common = io.BytesIO()
+    torch.save({}, common)
+    contents = {
+        "common.pt": common.getvalue(),
+        "metadata.json": json.dumps(_FORMAT).encode(),
+        "tensors.json": json.dumps(tensors, indent=0).encode(),
+        audit.AUDIT: text.encode(),
+    }
+    entries_: list[FileEntry] = [
+        *written,
+        *(write_file(partial / name, content, rank=0) for name, content in contents.items()),
+        files.write_progress(partial, progress),
+    ]
+    write_manifest(partial, entries_)
+
+
+def _progress(plan: Plan, tokens_seen: int, run_dir: Path) -> Progress:
+    """Return the place in a plan; it must be the end of a step, or the beginning."""
+    for segment in plan.segments:
+        position = tokens_seen - segment.tokens_start
+        if not 0 <= position < segment.tokens:
+            continue
+        ends = range(segment.num_steps + 1)
+        step = bisect.bisect_left(
+            ends,
+            position,
+            key=lambda step: position_at_step(segment.batch_ramp, segment.seq_len, step),
+        )
+        end = position_at_step(segment.batch_ramp, segment.seq_len, step)
+        if end != position:
+            raise CheckpointError(
+                f"--tokens-seen {tokens_seen:,} is within a step of {segment.stage}; "
+                f"give {segment.tokens_start + end:,}"
+            )
+        return Progress(
+            plan_digest=digest(plan),
+            segment=segment.index,
+            step=segment.steps_start + step,
+            tokens_seen=tokens_seen,
+            segment_done=False,
+            ledger=(),
+        )
+    total = plan.segments[-1].tokens_start + plan.segments[-1].tokens
+    raise CheckpointError(
+        f"--tokens-seen {tokens_seen:,} is not within the {total:,} tokens of {run_dir / 'plan.json'}"
+    )

@@ -1,0 +1,250 @@
+"""A checkpoint of ours becomes a Hugging Face folder, tensor by tensor."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import megamoe
+from megamoe.checkpoints import folder as files
+from megamoe.checkpoints.manifest import MANIFEST, file_sha256
+from megamoe.convert import audit
+from megamoe.convert.architectures import (
+    Architecture,
+    Stage,
+    architecture_for,
+    stage_of,
+    without_prediction,
+)
+from megamoe.convert.config import config_of
+from megamoe.convert.entries import Entry, entries
+from megamoe.convert.ours import our_tensors, share_tensors
+from megamoe.convert.tokenizer import copy_tokenizer
+from megamoe.errors import CheckpointError
+from megamoe.mcore.stored import TensorReader
+from megamoe.plan.json import digest, read_plan
+from megamoe.plan.plan import Plan
+
+Say = Callable[[str], None]
+_MASTER = "optimizer.state.param."  # before a weight's name: its float32 copy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A verified checkpoint and what of it is written."""
+
+    reader: TensorReader
+    names: dict[str, str]  # of a weight: the tensor to read it from
+    dtype: torch.dtype | None  # None: as it is stored
+    place: str
+
+
+def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Say) -> None:
+    """Write a Hugging Face folder.
+
+    Args:
+        path: a run folder (its latest checkpoint is taken) or one checkpoint.
+        out: the folder to make; until it is whole it has a hidden name.
+        dtype: 'bfloat16' or 'float32'; None: as the weights are stored.
+        shard_bytes: most bytes of tensors in a file, but for a tensor that is larger.
+        say: takes lines on what happens.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra, misshaped or not finite; no architecture fits.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; give another folder, or remove it")
+    checkpoint, plan = _checkpoint_of(path)
+    progress = files.read_progress(checkpoint)
+    if progress.plan_digest != digest(plan):
+        raise CheckpointError(f"{checkpoint} belongs to another plan than {_run_of(checkpoint)}'s")
+    stage = stage_of(plan.model, plan.segments, progress.segment)
+    architecture = architecture_for(stage, plan.recipe)
+    say(f"{checkpoint} as {architecture.model_type}; compares it with its manifest")
+    reader = TensorReader(checkpoint)
+    names = _weights(checkpoint, reader, plan, dtype)
+    kept = without_prediction(architecture, plan.model)
+    source = _Source(
+        reader=reader,
+        names=names,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        place=str(checkpoint),
+    )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    partial.mkdir(parents=True)
+    try:
+        pairs = _write_shards(
+            partial, source, list(entries(architecture.table, kept)), (shard_bytes, say)
+        )
+        left_out = sorted(our_tensors(plan.model).keys() - our_tensors(kept).keys())
+        if left_out:
+            say(
+                f"left out: multi-token prediction, {len(left_out)} tensors; {architecture.model_type} has none"
+            )
+        facts: dict[str, object] = {
+            "megamoe": megamoe.__version__,
+            "direction": "to-hf",
+            "checkpoint": str(checkpoint),
+            "manifest_sha256": file_sha256(checkpoint / MANIFEST),
+            "tokens_seen": progress.tokens_seen,
+            "model_type": architecture.model_type,
+            "left_out": left_out,
+        }
+        _write_configs(partial, architecture, stage, plan, pairs)
+        say(copy_tokenizer(plan.data, partial))
+        (partial / audit.AUDIT).write_text(audit.audit_text(facts, pairs), encoding="utf-8")
+        _publish(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _checkpoint_of(path: Path) -> tuple[Path, Plan]:
+    folder = path / "checkpoints"
+    if folder.is_dir():
+        newest = files.latest(folder)
+        if newest is None:
+            raise CheckpointError(f"{folder}: holds no checkpoint yet")
+        return newest, read_plan(path / "plan.json")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is neither a run folder nor a checkpoint")
+    return path, read_plan(_run_of(path) / "plan.json")
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.resolve().parent.parent
+
+
+def _weights(
+    checkpoint: Path, reader: TensorReader, plan: Plan, dtype: str | None
+) -> dict[str, str]:
+    """Return which tensor each weight is read from; all of the model's must be there, and no other."""
+    ours = our_tensors(plan.model)
+    found = {
+        name
+        for name in reader.tensors
+        if "optimizer.state." not in name and not name.startswith("random.")
+    }
+    # A checkpoint of weights alone may lack the shares, which make no output.
+    audit.check_names(str(checkpoint), found - share_tensors(plan.model).keys(), set(ours))
+    masters = {name.partition(_MASTER)[2]: name for name in reader.tensors if _MASTER in name}
+    names = {}
+    for name, shape in ours.items():
+        stored = reader.tensors[name]
+        audit.check_shape(str(checkpoint), name, stored.shape, shape)
+        # Rounded weights have exact copies beside them.
+        is_rounded = dtype == "float32" and stored.dtype != torch.float32
+        names[name] = masters.get(name, name) if is_rounded else name
+    return names
+
+
+def _write_shards(
+    folder: Path, source: _Source, found: list[Entry], options: tuple[int, Say]
+) -> list[audit.Pair]:
+    """Write all tensors in files of at most so many bytes, and the index; return the audit."""
+    shard_bytes, say = options
+    shards = list(_shards(source, found, shard_bytes))
+    pairs: list[audit.Pair] = []
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for entry in shard:
+            pair, parts = _convert(source, entry)
+            pairs.append(pair)
+            tensors |= parts
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        weight_map |= dict.fromkeys(tensors, name)
+        save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        tensors.clear()
+        _check_written(folder / name, pairs[-len(shard) :])
+        say(f"{name}  {total:,} bytes so far")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+    return pairs
+
+
+def _shards(source: _Source, found: list[Entry], shard_bytes: int) -> Iterator[list[Entry]]:
+    shard: list[Entry] = []
+    size = 0
+    for entry in found:
+        num_bytes = torch.Size(entry.shape).numel() * _dtype_of(source, entry).itemsize
+        if shard and size + num_bytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += num_bytes
+    yield shard
+
+
+def _dtype_of(source: _Source, entry: Entry) -> torch.dtype:
+    if entry.is_float32:
+        return torch.float32
+    return source.dtype or source.reader.tensors[source.names[entry.ours]].dtype
+
+
+def _convert(source: _Source, entry: Entry) -> tuple[audit.Pair, dict[str, Tensor]]:
+    expert = None if entry.index is None else entry.index[0]
+    name = source.names[entry.ours]
+    ours = source.reader.read(name, expert)
+    dtype = _dtype_of(source, entry)
+    parts: dict[str, Tensor] = {}
+    for (their_name, shape), part in zip(entry.theirs, entry.rule.split(ours), strict=True):
+        assert tuple(part.shape) == shape, (their_name, part.shape, shape)
+        # Parts of one tensor share its memory, which safetensors refuses.
+        parts[their_name] = part.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        where = name if expert is None else f"{name}[{expert}]"
+        audit.check_finite(source.place, f"{where} ({their_name})", parts[their_name])
+    theirs = tuple(audit.record(part_name, part) for part_name, part in parts.items())
+    return audit.Pair(ours=audit.record(name, ours, expert), theirs=theirs), parts
+
+
+def _check_written(path: Path, pairs: list[audit.Pair]) -> None:
+    """Read a file back and compare it with the audit."""
+    with safe_open(path, framework="pt") as file:
+        for record in (record for pair in pairs for record in pair.theirs):
+            if audit.record(record.name, file.get_tensor(record.name)) != record:
+                raise CheckpointError(f"{path}: {record.name} was not written as it was meant")
+
+
+def _write_configs(
+    folder: Path, architecture: Architecture, stage: Stage, plan: Plan, pairs: list[audit.Pair]
+) -> None:
+    special: dict[str, object] = {
+        "bos_token_id": None,
+        "eos_token_id": plan.data.eod_id if plan.data else None,
+        "pad_token_id": plan.data.pad_id if plan.data else None,
+    }
+    dtype = pairs[0].theirs[0].dtype
+    config = {**config_of(architecture, stage), **special, "dtype": dtype}
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", special)
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Give the folder its name when every byte of it is on disk."""
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    partial.rename(out)
+    _flush(out.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,160 @@
+"""Exported folders give transformers our logits, and its folders give us theirs."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megamoe.convert.from_hf import from_hf
+from megamoe.convert.to_hf import to_hf
+from megamoe.mcore.engine import Engine
+from megamoe.mcore.model import unwrap
+from megamoe.mcore.router import BalancedRouter
+from megamoe.recipe import Bf16, Fp32
+from tests.mcore.converted import MODELS, all_logits, logits, plan_of, saved, tokens
+from tests.mcore.world import everything, world_of_one
+from tests.reference.model import Reference
+
+# Logits are of the size 1 to 5: sums of some 100 float32 products in other orders, over 4 layers.
+TOLERANCE = 1e-5
+SHARD_BYTES = 20_000  # many files
+REMOTE_CODE = ("vaetki", "keural_moe")
+IN_TRANSFORMERS = [name for name in MODELS if name.split(",")[0] not in REMOTE_CODE]
+# What transformers 5.23 cannot make: multi-token prediction, a norm after a dense MLP.
+MADE = [name for name in IN_TRANSFORMERS if name not in ("exaone_moe", "axk1, dense layer")]
+CHILD = Path(__file__).with_name("in_transformers.py")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def export(path: Path, out: Path, dtype: str | None = None) -> None:
+    to_hf(path, out, dtype=dtype, shard_bytes=SHARD_BYTES, say=quiet)
+
+
+@pytest.fixture(scope="module")
+def transformed(tmp_path_factory):
+    """Export all models, and have transformers run and make its own; return folder and logits."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    root = tmp_path_factory.mktemp("transformed")
+    ours = {}
+    for number, name in enumerate(IN_TRANSFORMERS):
+        plan = plan_of(root / str(number) / "run", name)
+        with world_of_one(plan):
+            ours[name] = logits(saved(plan, root / str(number) / "run"))
+        export(root / str(number) / "run", root / str(number) / "out")
+    save_file({"tokens": tokens()}, root / "tokens.safetensors")
+    child = subprocess.run(
+        [sys.executable, CHILD, root], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-3_000:]
+    return root, ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_transformers_computes_our_logits_from_an_exported_folder(name, transformed):
+    root, ours = transformed
+    theirs = load_file(root / str(IN_TRANSFORMERS.index(name)) / "logits.safetensors")["exported"]
+    assert ours[name].std() > 0.3
+    assert (ours[name] - theirs).abs().max() < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MADE)
+def test_we_compute_the_logits_of_a_model_that_transformers_has_made(name, transformed, tmp_path):
+    folder = transformed[0] / str(IN_TRANSFORMERS.index(name))
+    plan = plan_of(tmp_path / "run", name)
+    from_hf(folder / "theirs", tmp_path / "run", tokens_seen=0, say=quiet)
+    with world_of_one(plan):
+        ours = logits(Engine(plan, plan.segments[0], tmp_path / "run"))
+    theirs = load_file(folder / "logits.safetensors")["made"]
+    assert theirs.std() > 0.3
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_goes_on_after_export_and_import_as_if_it_had_never_left(name, tmp_path):
+    plan = plan_of(tmp_path / "run", name)
+    with world_of_one(plan):
+        stayed = Engine(plan, plan.segments[0], tmp_path / "run")
+        for _ in range(2):
+            stayed.train_step()
+        stayed.save(wait=True)
+        before, expected = logits(stayed), stayed.train_step()
+    export(tmp_path / "run", tmp_path / "out")
+    again = plan_of(tmp_path / "again", name)
+    from_hf(tmp_path / "out", tmp_path / "again", tokens_seen=256, say=quiet)
+    with world_of_one(again):
+        engine = Engine(again, again.segments[0], tmp_path / "again")
+        assert (engine.step, engine.tokens_seen) == (2, 256)
+        assert torch.equal(logits(engine), before)
+        result = engine.train_step()
+        assert abs(result.loss - expected.loss) < 1e-6
+        assert (result.mtp_loss is None) == (plan.model.mtp is None)
+        if result.mtp_loss is not None:
+            assert abs(result.mtp_loss - expected.mtp_loss) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["vaetki", "keural_moe", "exaone_moe"])
+def test_an_imported_model_is_that_of_the_reference(name, tmp_path):
+    """Written from the papers, in float64: VAETKI and Keural have no class in transformers."""
+    plan = plan_of(tmp_path / "run", name)
+    with world_of_one(plan):
+        saved(plan, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    again = plan_of(tmp_path / "again", name)
+    from_hf(tmp_path / "out", tmp_path / "again", tokens_seen=0, say=quiet)
+    with world_of_one(again):
+        engine = Engine(again, again.segments[0], tmp_path / "again")
+        ours = all_logits(engine)
+        state = unwrap(engine.chunks[0]).state_dict()
+    weights = {key: value.double() for key, value in state.items() if torch.is_tensor(value)}
+    outputs = Reference(plan.model, weights).run(tokens())
+    for found, wanted in zip(ours, (outputs.logits, *outputs.mtp_logits), strict=True):
+        assert (found - wanted).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("precision", [Fp32(), Bf16()], ids=["float32", "bfloat16"])
+def test_an_imported_run_is_trained_and_saved_as_a_new_one_with_these_weights(precision, tmp_path):
+    plan = plan_of(tmp_path / "new", "exaone_moe", precision=precision)
+    with world_of_one(plan):
+        new = saved(plan, tmp_path / "new")
+        even_shares(new)
+        before = everything(new)
+        for _ in range(2):
+            new.train_step()
+        expected = everything(new)
+    export(tmp_path / "new", tmp_path / "out")
+    again = plan_of(tmp_path / "again", "exaone_moe", precision=precision)
+    from_hf(tmp_path / "out", tmp_path / "again", tokens_seen=0, say=quiet)
+    with world_of_one(again):
+        imported = Engine(again, again.segments[0], tmp_path / "again")
+        begun = everything(imported)
+        for _ in range(2):
+            imported.train_step()
+        found = everything(imported)
+        imported.save(wait=True)
+        continued = everything(Engine(again, again.segments[0], tmp_path / "again"))
+    assert differing(begun, before) == set()
+    assert differing(found, expected) == set()
+    assert differing(continued, found) == set()
+
+
+def differing(left, right):
+    assert left.keys() == right.keys()
+    return {name for name in left if not torch.equal(left[name], right[name])}
+
+
+def even_shares(engine: Engine) -> None:
+    """Have the routers balance as new ones do: what they balance by is no weight."""
+    for module in unwrap(engine.chunks[0]).modules():
+        if isinstance(module, BalancedRouter):
+            module.previous_shares_E.fill_(1 / module.config.num_moe_experts)
