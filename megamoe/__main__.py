@@ -42,7 +42,7 @@ COMMANDS = (
     Command(name="data", help="make tokenised shards from text", module="data_prep.cli"),
     Command(
         name="checkpoint",
-        help="verify and inspect the checkpoints of a run",
+        help="verify, inspect, compare and merge checkpoints",
         module="megamoe.checkpoints.cli",
     ),
     Command(

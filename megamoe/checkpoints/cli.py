@@ -1,22 +1,32 @@
-"""`megamoe checkpoint`: are the files of a checkpoint what was written, and what is in them."""
+"""`megamoe checkpoint`: are files what was written, what is in them, how two differ, their mean.
+
+Merging and comparing need torch: megamoe/convert holds both, and is imported when they are asked for.
+"""
 
 import argparse
+import importlib
 import json
 import math
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from megamoe.checkpoints.folder import all_checkpoints, latest, read_progress, verify
 from megamoe.checkpoints.manifest import read_manifest
+from megamoe.checkpoints.tensors import kind_of
 from megamoe.errors import CheckpointError
+from megamoe.packages import require_packages
 
 _EXIT_DAMAGED = 1
+_EXIT_DIFFERENT = 1
 _EPILOG = """examples:
   megamoe checkpoint verify runs/tiny
   megamoe checkpoint inspect runs/tiny
   megamoe checkpoint inspect runs/tiny/checkpoints/000000000564224 --tensors
+  megamoe checkpoint diff runs/a runs/b
+  megamoe checkpoint merge runs/a runs/b --weights 0.5,0.5 --out runs/merged
 """
 
 
@@ -45,6 +55,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     showing.add_argument("--tensors", action="store_true", help="name every tensor")
     showing.set_defaults(run=run_inspect)
+    comparing = commands.add_parser(
+        "diff",
+        help="compare the tensors of two checkpoints",
+        description="Compare the tensors of two checkpoints; exit 1 if they differ.",
+        epilog="example:\n  megamoe checkpoint diff runs/a runs/b",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name in ("a", "b"):
+        comparing.add_argument(
+            name, type=Path, metavar=name.upper(), help="a run folder (its latest), or a checkpoint"
+        )
+    comparing.add_argument("--tensors", action="store_true", help="name every tensor that differs")
+    comparing.set_defaults(run=run_diff)
+    merging = commands.add_parser(
+        "merge",
+        help="write the weighted mean of checkpoints of one model",
+        description="Write the weighted mean of checkpoints of one model as the first checkpoint of a new run, "
+        "which has the plan of the first and stands where it stands. Weights alone: a run that goes on "
+        "from it begins the optimizer's moments at zero.",
+        epilog="example:\n  megamoe checkpoint merge runs/a runs/b --weights 0.5,0.5 --out runs/merged",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    merging.add_argument(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run folders (their latest), or checkpoints",
+    )
+    merging.add_argument(
+        "--weights", metavar="W,W", help="of each, which sum to 1; default: the same for all"
+    )
+    merging.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run to make")
+    merging.set_defaults(run=run_merge)
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -81,10 +125,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Print where a checkpoint stands, its files and its tensors."""
-    folder = args.path / "checkpoints"
-    checkpoint = latest(folder) if folder.is_dir() else _one(args.path)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder}: holds no checkpoint yet")
+    checkpoint = _checkpoint(args.path)
     progress = read_progress(checkpoint)
     entries = read_manifest(checkpoint)
     ranks = {entry.rank for entry in entries}
@@ -107,11 +148,48 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_diff(args: argparse.Namespace) -> int:
+    """Print how two checkpoints differ; 1 if they do."""
+    diff, stored = _import("megamoe.convert.diff"), _import("megamoe.mcore.stored")
+    a, b = _checkpoint(args.a), _checkpoint(args.b)
+    _say(f"A  {a}\nB  {b}")
+    found = list(diff.differences(stored.TensorReader(a), stored.TensorReader(b)))
+    for line in diff.table(found, every=args.tensors):
+        _say(line)
+    return 0 if all(difference.is_equal for difference in found) else _EXIT_DIFFERENT
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Write the mean of checkpoints; 0 then."""
+    shares = _shares(args.weights, len(args.paths))
+    checkpoint = _import("megamoe.convert.merge").merge(
+        args.paths, args.out, shares, say=lambda line: sys.stderr.write(line + "\n")
+    )
+    _say(str(checkpoint))
+    return 0
+
+
+def _shares(text: str | None, count: int) -> list[float]:
+    if text is None:
+        return [1 / count] * count
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise CheckpointError(
+            f"--weights {text!r} are no numbers; give for example 0.5,0.5"
+        ) from error
+
+
+def _import(module: str) -> Any:  # noqa: ANN401  (a module)
+    require_packages("train", "torch", "numpy")
+    return importlib.import_module(module)
+
+
 def _say_tensors(checkpoint: Path, *, every: bool) -> None:
     tensors = json.loads((checkpoint / "tensors.json").read_bytes())
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, (dtype, shape) in tensors.items():
-        groups[_kind(name), dtype].append(math.prod(shape))
+        groups[kind_of(name), dtype].append(math.prod(shape))
     _say(f"tensors      {len(tensors):,}")
     for (kind, dtype), sizes in sorted(groups.items()):
         _say(f"             {sum(sizes):>18,}  {kind}, {dtype}, {len(sizes):,} tensors")
@@ -119,12 +197,13 @@ def _say_tensors(checkpoint: Path, *, every: bool) -> None:
         _say(f"             {name}  {dtype} {shape}")
 
 
-def _kind(name: str) -> str:
-    """Return what a tensor is, as its name says: 'weights', 'optimizer exp_avg', ..."""
-    _, of_optimizer, rest = name.partition("optimizer.state.")
-    if of_optimizer:
-        return f"optimizer {rest.partition('.')[0]}"
-    return "random state" if name.startswith("random.") else "weights"
+def _checkpoint(path: Path) -> Path:
+    """Return the latest checkpoint of a run folder, or the one that is given."""
+    folder = path / "checkpoints"
+    checkpoint = latest(folder) if folder.is_dir() else _one(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint yet")
+    return checkpoint
 
 
 def _one(path: Path) -> Path:

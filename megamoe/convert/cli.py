@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megamoe.errors import CheckpointError, MegamoeError
+from megamoe.errors import CheckpointError
+from megamoe.packages import require_packages
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PACKAGES = ("torch", "safetensors", "numpy")
 _EPILOG = """examples:
   megamoe convert to-hf runs/tiny out/tiny
   megamoe convert to-hf runs/tiny/checkpoints/000000000564224 out/tiny --dtype bfloat16
@@ -74,16 +74,8 @@ def run_from_hf(args: argparse.Namespace) -> int:
 
 def _import(module: str) -> Any:  # noqa: ANN401  (a module)
     """Import what needs torch and safetensors."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _PACKAGES:
-            raise
-        raise MegamoeError(
-            f"`megamoe convert` needs the package {missing!r}, which is not installed; "
-            "give `pip install megamoe[convert]`"
-        ) from error
+    require_packages("convert", "torch", "numpy", "safetensors")
+    return importlib.import_module(module)
 
 
 def _num_bytes(text: str) -> int:

@@ -1,9 +1,6 @@
 """A Hugging Face folder becomes the first checkpoint of a run: weights alone, tensor by tensor."""
 
 import bisect
-import io
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,6 @@ import torch
 import megamoe
 from megamoe.checkpoints import folder as files
 from megamoe.checkpoints.folder import Progress
-from megamoe.checkpoints.manifest import FileEntry, write_file, write_manifest
 from megamoe.convert import audit
 from megamoe.convert.architectures import (
     ARCHITECTURES,
@@ -25,6 +21,7 @@ from megamoe.convert.config import differences, rotary_is_split
 from megamoe.convert.entries import Entry, entries
 from megamoe.convert.hf_folder import HfFolder, HfTensor, read
 from megamoe.convert.ours import share_tensors
+from megamoe.convert.weights_only import new_checkpoint
 from megamoe.errors import CheckpointError
 from megamoe.mcore.stored import TensorWriter
 from megamoe.plan.json import digest, read_plan
@@ -32,16 +29,8 @@ from megamoe.plan.plan import Plan
 from megamoe.plan.schedule import position_at_step
 
 Say = Callable[[str], None]
-Written = tuple[list[FileEntry], dict[str, tuple[str, tuple[int, ...]]]]  # files, tensors
 _BIAS = ".e_score_correction_bias"
 _SAY_EVERY_BYTES = 1 << 30
-# What Megatron-core's dist_checkpointing wants to find in metadata.json.
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,25 +58,17 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
             misshaped, not finite, or not the one of the folder's audit.
     """
     plan = read_plan(run_dir / "plan.json")
-    checkpoints = run_dir / "checkpoints"
-    if (newest := files.latest(checkpoints)) is not None:
-        raise CheckpointError(f"{newest}: is there already; give a run folder without checkpoints")
     progress = _progress(plan, tokens_seen, run_dir)
-    theirs = HfFolder(folder)
-    architecture = _architecture(theirs, plan, progress.segment)
-    is_split = rotary_is_split(theirs.config)
-    found = list(entries(architecture.table, plan.model, rotary_is_split=is_split))
-    source = _source(theirs, architecture, found)
-    say(f"{folder} is {architecture.model_type}, {len(source.tensors):,} tensors")
-    name = files.name_of(tokens_seen)
-    partial = files.begin(checkpoints, name)
-    assert partial is not None, "the folder has no checkpoint"
-    try:
-        with TensorWriter(partial) as writer:
-            pairs = _write_weights(writer, source, found, say)
-            for ours, shape in share_tensors(plan.model).items():
-                writer.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
-            written = writer.finish()
+    with new_checkpoint(run_dir, progress) as new:
+        theirs = HfFolder(folder)
+        architecture = _architecture(theirs, plan, progress.segment)
+        is_split = rotary_is_split(theirs.config)
+        found = list(entries(architecture.table, plan.model, rotary_is_split=is_split))
+        source = _source(theirs, architecture, found)
+        say(f"{folder} is {architecture.model_type}, {len(source.tensors):,} tensors")
+        pairs = _write_weights(new.tensors, source, found, say)
+        for ours, shape in share_tensors(plan.model).items():
+            new.tensors.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
         facts: dict[str, object] = {
             "megamoe": megamoe.__version__,
             "direction": "from-hf",
@@ -95,12 +76,8 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
             "model_type": architecture.model_type,
             "left_out": source.left_out,
         }
-        _finish(partial, written, progress, audit.audit_text(facts, pairs))
-        files.publish(partial, checkpoints / name, plan.keep_checkpoints)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return checkpoints / name
+        new.notes[audit.AUDIT] = audit.audit_text(facts, pairs).encode()
+    return run_dir / "checkpoints" / files.name_of(tokens_seen)
 
 
 def _architecture(theirs: HfFolder, plan: Plan, segment: int) -> Architecture:
@@ -179,25 +156,6 @@ def _write_weights(
             say(f"{entry.ours}  {done:,} bytes so far")
             said = done
     return pairs
-
-
-def _finish(partial: Path, files_and_tensors: Written, progress: Progress, text: str) -> None:
-    """Write what a checkpoint has beside its shards, the manifest last."""
-    written, tensors = files_and_tensors
-    common = io.BytesIO()
-    torch.save({}, common)
-    contents = {
-        "common.pt": common.getvalue(),
-        "metadata.json": json.dumps(_FORMAT).encode(),
-        "tensors.json": json.dumps(tensors, indent=0).encode(),
-        audit.AUDIT: text.encode(),
-    }
-    entries_: list[FileEntry] = [
-        *written,
-        *(write_file(partial / name, content, rank=0) for name, content in contents.items()),
-        files.write_progress(partial, progress),
-    ]
-    write_manifest(partial, entries_)
 
 
 def _progress(plan: Plan, tokens_seen: int, run_dir: Path) -> Progress:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
+from megamoe.checkpoints.tensors import SHARES
 from megamoe.recipe.model import GQA, Model, PeriNorm, PreNorm
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
 EXPERTS = ".mlp.experts.experts."  # in the names of weights whose first dimension is the expert
-SHARES = "previous_shares_E"  # of a router: what it balances by, no weight
 
 
 def our_tensors(model: Model) -> dict[str, Shape]:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import megamoe
-from megamoe.checkpoints import folder as files
 from megamoe.checkpoints.manifest import MANIFEST, file_sha256
+from megamoe.checkpoints.place import find_checkpoint
 from megamoe.convert import audit
 from megamoe.convert.architectures import (
     Architecture,
@@ -25,15 +25,14 @@ from megamoe.convert.architectures import (
 )
 from megamoe.convert.config import config_of
 from megamoe.convert.entries import Entry, entries
-from megamoe.convert.ours import our_tensors, share_tensors
+from megamoe.convert.ours import our_tensors
 from megamoe.convert.tokenizer import copy_tokenizer
+from megamoe.convert.weights import weight_sources
 from megamoe.errors import CheckpointError
 from megamoe.mcore.stored import TensorReader
-from megamoe.plan.json import digest, read_plan
 from megamoe.plan.plan import Plan
 
 Say = Callable[[str], None]
-_MASTER = "optimizer.state.param."  # before a weight's name: its float32 copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +60,13 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
     """
     if out.exists():
         raise CheckpointError(f"{out}: exists already; give another folder, or remove it")
-    checkpoint, plan = _checkpoint_of(path)
-    progress = files.read_progress(checkpoint)
-    if progress.plan_digest != digest(plan):
-        raise CheckpointError(f"{checkpoint} belongs to another plan than {_run_of(checkpoint)}'s")
+    place = find_checkpoint(path)
+    checkpoint, plan, progress = place.checkpoint, place.plan, place.progress
     stage = stage_of(plan.model, plan.segments, progress.segment)
     architecture = architecture_for(stage, plan.recipe)
     say(f"{checkpoint} as {architecture.model_type}; compares it with its manifest")
     reader = TensorReader(checkpoint)
-    names = _weights(checkpoint, reader, plan, dtype)
+    names = weight_sources(place, reader, exact=dtype == "float32")
     kept = without_prediction(architecture, plan.model)
     source = _Source(
         reader=reader,
@@ -105,45 +102,6 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _checkpoint_of(path: Path) -> tuple[Path, Plan]:
-    folder = path / "checkpoints"
-    if folder.is_dir():
-        newest = files.latest(folder)
-        if newest is None:
-            raise CheckpointError(f"{folder}: holds no checkpoint yet")
-        return newest, read_plan(path / "plan.json")
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: is neither a run folder nor a checkpoint")
-    return path, read_plan(_run_of(path) / "plan.json")
-
-
-def _run_of(checkpoint: Path) -> Path:
-    return checkpoint.resolve().parent.parent
-
-
-def _weights(
-    checkpoint: Path, reader: TensorReader, plan: Plan, dtype: str | None
-) -> dict[str, str]:
-    """Return which tensor each weight is read from; all of the model's must be there, and no other."""
-    ours = our_tensors(plan.model)
-    found = {
-        name
-        for name in reader.tensors
-        if "optimizer.state." not in name and not name.startswith("random.")
-    }
-    # A checkpoint of weights alone may lack the shares, which make no output.
-    audit.check_names(str(checkpoint), found - share_tensors(plan.model).keys(), set(ours))
-    masters = {name.partition(_MASTER)[2]: name for name in reader.tensors if _MASTER in name}
-    names = {}
-    for name, shape in ours.items():
-        stored = reader.tensors[name]
-        audit.check_shape(str(checkpoint), name, stored.shape, shape)
-        # Rounded weights have exact copies beside them.
-        is_rounded = dtype == "float32" and stored.dtype != torch.float32
-        names[name] = masters.get(name, name) if is_rounded else name
-    return names
 
 
 def _write_shards(

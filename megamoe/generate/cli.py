@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megamoe.checkpoints.place import Place, find_checkpoint
 from megamoe.errors import MegamoeError
+from megamoe.generate.inputs import open_tokenizer
 from megamoe.generate.opened import opened
-from megamoe.generate.place import Place, find_checkpoint, open_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,10 +3,11 @@
 import argparse
 import sys
 
+from megamoe.checkpoints.place import find_checkpoint
 from megamoe.errors import MegamoeError
 from megamoe.generate.cli import add_model_arguments
+from megamoe.generate.inputs import find_texts, open_tokenizer
 from megamoe.generate.opened import opened
-from megamoe.generate.place import find_checkpoint, find_texts, open_tokenizer
 
 _EPILOG = """examples:
   megamoe eval perplexity runs/tiny korean.jsonl.zst english.txt

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from megamoe.generate.place import Place, require_packages
+from megamoe.checkpoints.place import Place
+from megamoe.packages import require_packages
 
 if TYPE_CHECKING:
     from megamoe.mcore.inference import TrainedModel

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_prep.files import raise_error, read_documents
 from data_prep.tokenizer import SPECIAL_TOKENS, Tokenizer
 from megamoe.errors import DataError
-from megamoe.generate.place import shard_prefix
+from megamoe.generate.inputs import shard_prefix
 from megamoe.mcore.data import Windows, read_tokens
 from megamoe.mcore.inference import TrainedModel
 

@@ -27,6 +27,7 @@ from torch.serialization import _get_layout
 
 from megamoe.checkpoints.folder import verify
 from megamoe.checkpoints.manifest import FileEntry, HashingFile, write_file
+from megamoe.checkpoints.tensors import kind_of
 from megamoe.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -207,7 +208,7 @@ class TensorWriter:
 
 def has_optimizer(names: Iterable[str]) -> bool:
     """Tell whether a checkpoint of these tensors has the optimizer's state, not weights alone."""
-    return any("optimizer.state." in name for name in names)
+    return any(kind_of(name).startswith("optimizer") for name in names)
 
 
 def _is_part(data: Tensor) -> bool:

@@ -14,8 +14,8 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.tokenizer_train import train_tokenizer
 from megamoe.checkpoints import folder as files
 from megamoe.errors import CheckpointError, DataError
+from megamoe.generate.inputs import find_texts
 from megamoe.generate.perplexity import Cost, cost_of, read_texts
-from megamoe.generate.place import find_texts
 from megamoe.mcore.inference import TrainedModel
 from megamoe.mcore.model import unwrap
 from megamoe.plan.json import write_plan

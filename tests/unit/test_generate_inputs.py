@@ -10,8 +10,10 @@ import pytest
 from data_prep.tokenizer import SPECIAL_TOKENS, Tokenizer, read_meta
 from data_prep.tokenizer_train import train_tokenizer
 from megamoe import __main__ as command
+from megamoe.checkpoints.place import find_checkpoint
 from megamoe.errors import CheckpointError, DataError, MegamoeError
-from megamoe.generate.place import find_checkpoint, open_tokenizer, require_packages
+from megamoe.generate.inputs import open_tokenizer
+from megamoe.packages import require_packages
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.json import digest, write_plan
 from megamoe.plan.plan import Data, Plan

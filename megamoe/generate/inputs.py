@@ -1,0 +1,57 @@
+"""What a trained model reads beside itself: the tokenizer of its data, and files of text."""
+
+from pathlib import Path
+
+from data_prep.files import expand_inputs
+from data_prep.tokenize import TOKENIZER_FOLDER
+from data_prep.tokenizer import META_NAME, Tokenizer, load_tokenizer, read_meta
+from megamoe.errors import DataError
+from megamoe.packages import require_packages
+from megamoe.plan.plan import Plan
+
+_SHARD_ENDINGS = (".bin", ".idx")
+
+
+def open_tokenizer(plan: Plan, folder: Path | None) -> Tokenizer:
+    """Return a tokenizer: of a folder, or of the data that a run was trained on.
+
+    Raises:
+        DataError: it is not there, or has other ids than the model.
+    """
+    assert plan.data is not None, "a run has data"
+    if folder is None:
+        folder = Path(plan.data.folder) / TOKENIZER_FOLDER
+        if not (folder / META_NAME).is_file():
+            raise DataError(
+                f"{folder}: the run's tokenizer is not there; give --tokenizer DIR, a folder that "
+                "`megamoe data tokenizer train` has made"
+            )
+    meta = read_meta(folder)
+    expected = (plan.data.vocab_size, plan.data.eod_id)
+    if (meta.vocab_size, meta.eod_id) != expected:
+        raise DataError(
+            f"{folder}: has {meta.vocab_size:,} ids and {meta.eod_id} at the end of a document, the "
+            f"run's data {expected[0]:,} and {expected[1]}; give the tokenizer of its data"
+        )
+    package = "tokenizers" if meta.algorithm == "byte-level-bpe" else "sentencepiece"
+    require_packages("data", package)
+    return load_tokenizer(folder)
+
+
+def find_texts(names: list[str]) -> list[Path]:
+    """Return the shards and the files of text that names, folders and patterns stand for.
+
+    Raises:
+        DataError: a name stands for nothing, or for what is not read.
+    """
+    found: list[Path] = []
+    for name in names:
+        found += [Path(name)] if shard_prefix(Path(name)) else expand_inputs([name])
+    return found
+
+
+def shard_prefix(path: Path) -> Path | None:
+    """Return the prefix of a shard that is given by it or by one of its files; else None."""
+    prefix = path.with_suffix("") if path.suffix in _SHARD_ENDINGS else path
+    is_shard = all(prefix.with_name(prefix.name + ending).is_file() for ending in _SHARD_ENDINGS)
+    return prefix if is_shard else None
