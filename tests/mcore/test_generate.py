@@ -110,8 +110,10 @@ def test_generated_tokens_are_those_without_a_cache(tmp_path, name):
         assert torch.equal(cached, without_cache(module, prompt_BS, TOKENS))
 
 
-@pytest.mark.parametrize("interpolation", [1.0, 8.0])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "interpolation"),
+    [*((name, 1.0) for name in MODELS), ("latent", 8.0), ("grouped", 8.0)],
+)
 def test_logits_of_cached_steps_are_those_of_the_whole_sequence(tmp_path, name, interpolation):
     model = MODELS[name]
     prompt_BS = prompt_of(model, 3 * (model.window or 7) + 2, sequences=2)
@@ -194,7 +196,14 @@ def test_a_local_layer_takes_its_window_and_a_global_layer_all(name, tokens):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("keural_14b", 4_096), ("k_exaone_236b_a23b", 4_096), ("vaetki_7b_a1b", 1_152)],
+    [
+        ("keural_14b", 4_096),
+        ("k_exaone_236b_a23b", 4_096),
+        ("vaetki_7b_a1b", 1_152),
+        ("vaetki_20b_a2b", 1_152),
+        ("vaetki_100b_a10b", 1_152),
+        ("ax_k1_519b_a33b", 1_152),
+    ],
 )
 def test_bytes_of_a_token_in_a_layer(name, expected):
     assert {layer.bytes_per_token for layer in sizes(FULL[name], 9).layers} == {expected}
@@ -205,20 +214,13 @@ def test_k_exaone_takes_48_kib_a_token_and_18_mib_for_its_windows():
     assert cache.num_bytes == 48 * 2**10 * 262_144 + 18 * 2**20
 
 
-def test_all_global_latents_of_61_layers_take_1152_bytes_a_layer():
-    latent = replace(
-        FULL["vaetki_7b_a1b"],  # A.X K1 has latents of the same size
-        num_layers=61,
-        window_pattern="G",
-        window=None,
-        local_rope=None,
-    )
-    assert sizes(latent, 131_072).num_bytes == 61 * 1_152 * 131_072
+def test_ax_k1_takes_61_layers_of_latents():
+    assert sizes(FULL["ax_k1_519b_a33b"], 131_072).num_bytes == 61 * 1_152 * 131_072
 
 
 @pytest.mark.parametrize(("tokens", "percent"), [(128_000, "83.00"), (131_072, "83.01")])
 def test_windows_of_vaetki_100b_save_83_percent(tokens, percent):
-    windows = replace(FULL["vaetki_7b_a1b"], num_layers=48)  # the 100B has twice the layers
+    windows = FULL["vaetki_100b_a10b"]
     all_global = replace(windows, window_pattern="G", window=None, local_rope=None)
     share = 1 - sizes(windows, tokens).num_bytes / sizes(all_global, tokens).num_bytes
     assert f"{100 * share:.2f}" == percent
