@@ -256,9 +256,10 @@ RECIPE = Recipe(
                 mscale_all_dim=0.0,  # config: the softmax is not scaled; DeepSeek-V3 has 1.0
             ),
         ),
-        norm=DualNorm(  # report 2.2: of MLP and MoE layers; the code norms MoE layers only, the weights have a norm in all 61
+        norm=DualNorm(  # report 2.2
             eps=1e-6,  # code
             zero_centered=False,  # code
+            after_dense_mlp=True,  # report 2.2: of MLP and MoE layers, and weights: a norm in all 61; the code norms MoE layers only
         ),
         experts=Experts(
             num_routed=192,  # report table 1

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megamoe.checkpoints.tensors import SHARES
-from megamoe.recipe.model import GQA, Model, PeriNorm, PreNorm
+from megamoe.recipe.model import GQA, Model, PeriNorm
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -39,11 +39,11 @@ def share_tensors(model: Model) -> dict[str, Shape]:
 
 
 def _layer(name: str, model: Model, *, is_dense: bool) -> Named:
-    hidden, norm = (model.hidden_dim,), model.norm
+    hidden = (model.hidden_dim,)
     yield f"{name}.input_layernorm.weight", hidden
     for part, shape in _grouped(model) if isinstance(model.attention, GQA) else _latent(model):
         yield f"{name}.self_attention.{part}.weight", shape
-    if isinstance(norm, PeriNorm):
+    if isinstance(model.norm, PeriNorm):
         yield f"{name}.self_attn_bda.norm.weight", hidden
     yield f"{name}.pre_mlp_layernorm.weight", hidden
     if is_dense:
@@ -51,7 +51,7 @@ def _layer(name: str, model: Model, *, is_dense: bool) -> Named:
         yield from _mlp(f"{name}.mlp", model.dense_ffn_dim, model)
     else:
         yield from _experts(f"{name}.mlp", model)
-    if not isinstance(norm, PreNorm):
+    if model.norms_mlp_output(is_dense=is_dense):
         yield f"{name}.mlp_bda.norm.weight", hidden
 
 

@@ -33,7 +33,7 @@ from megamoe.mcore.layer import (
 )
 from megamoe.mcore.router import BalancedRouter
 from megamoe.plan.plan import Segment
-from megamoe.recipe import MLA, Model, PeriNorm, PreNorm
+from megamoe.recipe import MLA, Model, PeriNorm
 
 
 def block_spec(
@@ -76,7 +76,7 @@ def layer_spec(
             self_attn_bda=normed if isinstance(model.norm, PeriNorm) else get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=dense_mlp_spec(_linears()) if is_dense else _experts(),
-            mlp_bda=get_bias_dropout_add if isinstance(model.norm, PreNorm) else normed,
+            mlp_bda=normed if model.norms_mlp_output(is_dense=is_dense) else get_bias_dropout_add,
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megamoe.recipe.model import GQA, MLA, DualNorm, Model, PeriNorm, PreNorm
+from megamoe.recipe.model import GQA, MLA, Model, PeriNorm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,12 @@ def count_params(model: Model) -> ParamCount:
         output_table=0 if model.tied_embeddings else table,
         attention=layers * attention_matrices(model),
         attention_norms=layers * attention_norms(model),
-        norms=(layers * norms_per_layer(model) + 1) * hidden,
+        norms=(
+            model.num_dense_layers * norms_per_layer(model, is_dense=True)
+            + moe_layers * norms_per_layer(model, is_dense=False)
+            + 1
+        )
+        * hidden,
         dense_mlp=model.num_dense_layers * dense_mlp(model),
         router=moe_layers * hidden * experts.num_routed,
         shared_experts=moe_layers * experts.num_shared * one_expert(model),
@@ -105,15 +110,10 @@ def attention_norms(model: Model) -> int:
             return 0
 
 
-def norms_per_layer(model: Model) -> int:
-    """Return how many norms over the hidden dimension a layer has."""
-    match model.norm:
-        case PreNorm():
-            return 2
-        case DualNorm():
-            return 3
-        case PeriNorm():
-            return 4
+def norms_per_layer(model: Model, *, is_dense: bool) -> int:
+    """Return how many norms over the hidden dimension a layer has: before its branches, and after."""
+    after_attention = isinstance(model.norm, PeriNorm)
+    return 2 + after_attention + model.norms_mlp_output(is_dense=is_dense)
 
 
 def dense_mlp(model: Model) -> int:
@@ -140,7 +140,7 @@ def _mtp(model: Model) -> int:
     moe += hidden * experts.num_routed + expert_bias(model)
     ffn = moe if model.mtp.ffn == "moe" else dense_mlp(model)
     layer = attention_matrices(model) + attention_norms(model) + ffn
-    norms = (norms_per_layer(model) + 3) * hidden
+    norms = (norms_per_layer(model, is_dense=model.mtp.ffn == "dense") + 3) * hidden
     return model.mtp.num_layers * (2 * hidden * hidden + layer + norms)
 
 
@@ -148,7 +148,7 @@ def layer_params(model: Model, layer: int) -> int:
     """Return every number of decoder layer `layer` (counted from 0), its expert bias included."""
     hidden, experts = model.hidden_dim, model.experts
     attention = attention_matrices(model) + attention_norms(model)
-    norms = norms_per_layer(model) * hidden
+    norms = norms_per_layer(model, is_dense=model.is_dense(layer)) * hidden
     if model.is_dense(layer):
         return attention + norms + dense_mlp(model)
     moe = (experts.num_routed + experts.num_shared) * one_expert(model)

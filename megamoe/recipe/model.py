@@ -113,10 +113,14 @@ class PeriNorm(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DualNorm(Checked):
-    """RMSNorm at the input of attention, and before and after the MLP (A.X K1)."""
+    """RMSNorm at the input of attention, and before and after the MLP (A.X K1).
+
+    `after_dense_mlp` tells whether the output of a dense MLP is normed too, not of MoE layers alone.
+    """
 
     eps: PositiveFloat
     zero_centered: bool
+    after_dense_mlp: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,3 +254,13 @@ class Model(Checked):
     def is_dense(self, layer: int) -> bool:
         """Tell whether layer `layer` (counted from 0) has a dense MLP."""
         return layer < self.num_dense_layers
+
+    def norms_mlp_output(self, *, is_dense: bool) -> bool:
+        """Tell whether there is a norm after an MLP of this kind."""
+        match self.norm:
+            case PreNorm():
+                return False
+            case PeriNorm():
+                return True
+            case DualNorm(after_dense_mlp=after_dense_mlp):
+                return after_dense_mlp or not is_dense

@@ -49,11 +49,13 @@ MODELS: dict[str, Model] = {
     ),
     "axk1": replace(
         _LATENT,
-        norm=DualNorm(eps=1e-6, zero_centered=False),
+        norm=DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=True),
         num_dense_layers=0,
         dense_ffn_dim=None,
     ),
-    "axk1, dense layer": replace(_LATENT, norm=DualNorm(eps=1e-6, zero_centered=False)),
+    "axk1, dense layer": replace(
+        _LATENT, norm=DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=True)
+    ),
     "vaetki": tiny.LATENT,
     "keural_moe": tiny.SOFTMAX,
 }

@@ -29,7 +29,9 @@ TOKENS = 300
 LATENT, GROUPED, SOFTMAX = tiny.LATENT, tiny.GROUPED, tiny.SOFTMAX
 TINY: dict[str, Model] = {
     "latent": LATENT,
-    "latent, dual norm": replace(LATENT, norm=DualNorm(eps=1e-5, zero_centered=False)),
+    "latent, dual norm": replace(
+        LATENT, norm=DualNorm(eps=1e-5, zero_centered=False, after_dense_mlp=False)
+    ),
     "latent, whole queries": replace(LATENT, attention=replace(LATENT.attention, q_lora_rank=None)),
     "grouped": GROUPED,
     "softmax, tied": SOFTMAX,

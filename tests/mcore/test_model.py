@@ -34,7 +34,10 @@ def yarn(**changes: float) -> Rope:
 CASES: dict[str, tuple[Model, float]] = {
     "latent, peri-norm": (LATENT, 1.0),
     "latent, pre-norm": (replace(LATENT, norm=PreNorm(eps=1e-5, zero_centered=True)), 1.0),
-    "latent, dual norm": (replace(LATENT, norm=DualNorm(eps=1e-5, zero_centered=False)), 1.0),
+    "latent, dual norm of MoE layers alone": (
+        replace(LATENT, norm=DualNorm(eps=1e-5, zero_centered=False, after_dense_mlp=False)),
+        1.0,
+    ),
     "latent, interpolated": (LATENT, 8.0),
     "latent, whole queries": (
         replace(LATENT, attention=replace(LATENT.attention, q_lora_rank=None)),

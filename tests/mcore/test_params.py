@@ -31,6 +31,16 @@ def test_modules_formula_and_published_count_agree(name, scale):
         assert released == recipe.published.total_params == TOTALS.get(name, released)
 
 
+def test_a_dense_mlp_without_a_norm_after_it_is_counted_as_it_is_built():
+    loaded = load_recipe("ax_k1_519b_a33b", ("model.norm.after_dense_mlp=False",))
+    recipe = scale_tiny(loaded).recipe
+    plan = one_process_plan(recipe)
+    with world_of_one(plan):
+        built = count_plan(plan)
+    assert built.params == count_params(recipe.model)
+    assert built.layers[0] == layer_params(recipe.model, 0)
+
+
 def test_the_command_builds_the_modules_and_warns_of_nothing():
     command = [sys.executable, "-m", "megamoe", "model", "params", "vaetki_7b_a1b"]
     done = subprocess.run(

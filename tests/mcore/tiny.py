@@ -103,7 +103,7 @@ DUAL = replace(
     window=None,
     local_rope=None,
     global_rope=STRETCHED,
-    norm=DualNorm(eps=1e-6, zero_centered=False),
+    norm=DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=True),
     experts=replace(GROUPS, scaling_factor=2.5, expert_bias=True),
     mtp=Mtp(num_layers=1, ffn="moe"),
 )

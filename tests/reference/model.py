@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamoe.recipe import GQA, MLA, Model, PeriNorm, PreNorm, Rope, Router, Yarn
+from megamoe.recipe import GQA, MLA, DualNorm, Model, PeriNorm, PreNorm, Rope, Router, Yarn
 
 Weights = Mapping[str, Tensor]
 
@@ -99,7 +99,8 @@ class Reference:
             branch = self._mlp(f"{name}.mlp", branch)
         else:
             branch = self._experts(f"{name}.mlp", branch, routed)
-        if not isinstance(norm, PreNorm):
+        is_moe_only = isinstance(norm, DualNorm) and not norm.after_dense_mlp
+        if not isinstance(norm, PreNorm) and not (is_dense and is_moe_only):
             branch = self._norm(f"{name}.mlp_bda.norm", branch)
         return x + branch
 

@@ -105,7 +105,7 @@ AX_K1 = replace(
     window_pattern="G",
     window=None,
     local_rope=None,
-    norm=DualNorm(eps=1e-6, zero_centered=False),
+    norm=DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=True),
     experts=experts(192, 8, 2048),
     mtp=Mtp(num_layers=1, ffn="moe"),
 )
@@ -179,6 +179,14 @@ def test_a_moe_mtp_layer_has_an_expert_bias_of_its_own():
     biased = count_params(replace(AX_K1, experts=replace(AX_K1.experts, expert_bias=True)))
     assert biased.expert_bias == 60 * 192
     assert biased.mtp == plain.mtp + 192
+
+
+def test_a_dense_mlp_whose_output_is_not_normed_has_a_norm_less():
+    dense = replace(AX_K1, mtp=Mtp(num_layers=1, ffn="dense"))
+    of_experts = replace(dense.norm, after_dense_mlp=False)
+    all_normed, some = count_params(dense), count_params(replace(dense, norm=of_experts))
+    assert all_normed.norms - some.norms == 7168  # one dense layer
+    assert all_normed.mtp - some.mtp == 7168
 
 
 def test_what_is_not_released_is_left_out():

@@ -46,6 +46,8 @@ def total_params(model: Model) -> int:
     dense = 3 * hidden * (model.dense_ffn_dim or 0)
     norms = 4 if isinstance(model.norm, PeriNorm) else 3 if isinstance(model.norm, DualNorm) else 2
     layer = attention_params(model) + norms * hidden
+    is_moe_only = isinstance(model.norm, DualNorm) and not model.norm.after_dense_mlp
+    dense -= hidden if is_moe_only else 0
     total = model.num_layers * layer + model.num_dense_layers * dense
     total += (model.num_layers - model.num_dense_layers) * moe
     total += hidden + model.vocab_size * hidden * (1 if model.tied_embeddings else 2)
