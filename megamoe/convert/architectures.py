@@ -31,11 +31,13 @@ class Architecture:
         class_name: the class for language modelling.
         table: names of its tensors.
         has_prediction: its files hold multi-token prediction; otherwise it is left out.
+        has_yarn: YaRN is written for it and read.
     """
 
     model_type: str
     class_name: str
     has_prediction: bool = False
+    has_yarn: bool = False
 
     @property
     def table(self) -> Table:
@@ -52,8 +54,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             ),
             Architecture(model_type="mixtral", class_name="MixtralForCausalLM"),
             Architecture(model_type="keural_moe", class_name="KeuralMoECausalLM"),
-            Architecture(model_type="deepseek_v3", class_name="DeepseekV3ForCausalLM"),
-            Architecture(model_type="axk1", class_name="AXK1ForCausalLM"),
+            Architecture(
+                model_type="deepseek_v3", class_name="DeepseekV3ForCausalLM", has_yarn=True
+            ),
+            Architecture(model_type="axk1", class_name="AXK1ForCausalLM", has_yarn=True),
             Architecture(model_type="vaetki", class_name="VaetkiForCausalLM"),
         )
     }
@@ -94,12 +98,23 @@ def without_prediction(architecture: Architecture, model: Model) -> Model:
     return model if architecture.has_prediction else replace(model, mtp=None)
 
 
+def remarks(architecture: Architecture, model: Model) -> Iterator[str]:
+    """Yield where the class that reads an architecture computes something else than the model."""
+    if isinstance(model.norm, DualNorm) and model.norm.after_dense_mlp and model.num_dense_layers:
+        yield (
+            f"transformers' {architecture.model_type} leaves out the norm after a dense MLP, so its logits "
+            "differ; docs/convert.md has a hook that adds it, and a run planned with "
+            "--set model.norm.after_dense_mlp=False needs none"
+        )
+
+
 def problems(architecture: Architecture, stage: Stage) -> Problems:
     """Yield what of a model an architecture cannot express."""
     model = stage.model
     for name, rope in (("local_rope", model.local_rope), ("global_rope", model.global_rope)):
-        if rope is not None and rope.yarn is not None:
-            yield f"{name}.yarn has no conversion yet"
+        if rope is not None and rope.yarn is not None and not architecture.has_yarn:
+            readers = [other.model_type for other in ARCHITECTURES.values() if other.has_yarn]
+            yield f"{name}.yarn, which is converted for {' and '.join(readers)} alone"
         if rope is not None and rope.interleaved != isinstance(model.attention, MLA):
             yield f"{name}.interleaved {rope.interleaved}"
     yield from _PROBLEMS[architecture.model_type](stage)

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megamoe.convert.architectures import Architecture, Stage
+from megamoe.convert.positions import max_positions, rope_parameters, yarn_differences
 from megamoe.recipe.model import GQA, MLA, Model, Rope
 
 Config = dict[str, Any]
@@ -35,7 +36,7 @@ def config_of(architecture: Architecture, stage: Stage) -> Config:
         "hidden_act": "silu",
         "rms_norm_eps": model.norm.eps,
         "initializer_range": model.init_std,
-        "max_position_embeddings": stage.seq_len,
+        "max_position_embeddings": max_positions(model.global_rope, stage.seq_len),
         "tie_word_embeddings": model.tied_embeddings,
         "num_experts_per_tok": model.experts.top_k,
         **_CONFIGS[architecture.model_type](stage),
@@ -58,6 +59,10 @@ def differences(
     known = wanted.get("rope_scaling") or wanted.get("rope_parameters") or {}
     if kind != known.get("rope_type", "default"):
         yield f"rope_type {kind!r}, not {known.get('rope_type', 'default')!r}"
+    elif kind == "yarn":
+        assert stage.model.global_rope is not None, stage
+        assert stage.model.global_rope.yarn is not None, stage
+        yield from yarn_differences(stage.model.global_rope.yarn, given)
     if "quantization_config" in flat:
         yield "quantization_config, whose weights are not read"
 
@@ -186,10 +191,7 @@ def _routing(model: Model) -> Config:
 
 def _rope(rope: Rope) -> Config:
     """Return positions, for readers before and since transformers 5."""
-    return {
-        "rope_theta": rope.base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.base},
-    }
+    return {"rope_theta": rope.base, "rope_parameters": rope_parameters(rope)}
 
 
 def _layer_types(model: Model) -> list[str]:

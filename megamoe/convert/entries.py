@@ -1,7 +1,7 @@
 """A table and a model together: every tensor of ours with its rule and every tensor of theirs."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from megamoe.convert.ours import EXPERTS, Shape, our_tensors
 from megamoe.convert.rules import RotaryLast, Rule
 from megamoe.convert.tables import Table
-from megamoe.recipe.model import Model
+from megamoe.recipe.model import DualNorm, Model
 
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.)?(.+)")
 
@@ -58,6 +58,20 @@ def entries(table: Table, model: Model, *, rotary_is_split: bool = False) -> Ite
                     for name, part in zip(names, parts, strict=True)
                 ),
             )
+
+
+def useless_norms(table: Table, model: Model) -> Mapping[str, Shape]:
+    """Return the norms after dense MLPs that a folder may hold and a model does not apply.
+
+    The released weights of A.X-K1 have one in each layer, and transformers' axk1 drops it so.
+    """
+    if not isinstance(model.norm, DualNorm) or model.norm.after_dense_mlp:
+        return {}
+    normed = replace(model, norm=replace(model.norm, after_dense_mlp=True))
+    own = our_tensors(model)
+    found = {name: shape for name, shape in our_tensors(normed).items() if name not in own}
+    lines = {name: _line(table, name) for name in found}
+    return {prefix + names[0]: found[ours] for ours, (prefix, (_, names)) in lines.items()}
 
 
 def usual_name(table: Table, name: str) -> str:

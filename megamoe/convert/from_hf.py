@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from megamoe.convert.architectures import (
     stage_of,
 )
 from megamoe.convert.config import differences, rotary_is_split
-from megamoe.convert.entries import Entry, entries
+from megamoe.convert.entries import Entry, entries, useless_norms
 from megamoe.convert.hf_folder import HfFolder, HfTensor, read
 from megamoe.convert.ours import share_tensors
 from megamoe.convert.weights_only import new_checkpoint
@@ -27,6 +27,7 @@ from megamoe.mcore.stored import TensorWriter
 from megamoe.plan.json import digest, read_plan
 from megamoe.plan.plan import Plan
 from megamoe.plan.schedule import position_at_step
+from megamoe.recipe.model import Model
 
 Say = Callable[[str], None]
 _BIAS = ".e_score_correction_bias"
@@ -39,7 +40,7 @@ class _Source:
 
     place: str
     tensors: dict[str, HfTensor]
-    left_out: list[str]
+    left_out: list[audit.Record]  # of what the folder holds and the model does not
     hashes: dict[str, str] | None  # of its audit
     dtype: torch.dtype  # of the weights to write
 
@@ -64,8 +65,10 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
         architecture = _architecture(theirs, plan, progress.segment)
         is_split = rotary_is_split(theirs.config)
         found = list(entries(architecture.table, plan.model, rotary_is_split=is_split))
-        source = _source(theirs, architecture, found)
+        source = _source(theirs, architecture, plan.model, found)
         say(f"{folder} is {architecture.model_type}, {len(source.tensors):,} tensors")
+        if source.left_out:
+            say(_what_is_left_out(source.left_out))
         pairs = _write_weights(new.tensors, source, found, say)
         for ours, shape in share_tensors(plan.model).items():
             new.tensors.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
@@ -74,7 +77,7 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
             "direction": "from-hf",
             "folder": str(folder.resolve()),
             "model_type": architecture.model_type,
-            "left_out": source.left_out,
+            "left_out": [asdict(record) for record in source.left_out],
         }
         new.notes[audit.AUDIT] = audit.audit_text(facts, pairs).encode()
     return run_dir / "checkpoints" / files.name_of(tokens_seen)
@@ -101,19 +104,23 @@ def _architecture(theirs: HfFolder, plan: Plan, segment: int) -> Architecture:
     return architecture
 
 
-def _source(theirs: HfFolder, architecture: Architecture, found: list[Entry]) -> _Source:
+def _source(
+    theirs: HfFolder, architecture: Architecture, model: Model, found: list[Entry]
+) -> _Source:
     """Compare names and shapes of all tensors with the model's before one of them is read."""
     place = str(theirs.path)
     tensors = theirs.tensors(architecture.table)
     wanted = {name: shape for entry in found for name, shape in entry.theirs}
     # transformers keeps a bias in any such model; without one it is 0, and moves no choice.
-    left_out = sorted(
-        name
-        for name in tensors.keys() - wanted.keys()
-        if name.endswith(_BIAS) and not read(tensors[name]).any()
-    )
-    for name in left_out:
-        del tensors[name]
+    useless = useless_norms(architecture.table, model)
+    left_out = []
+    for name in sorted(tensors.keys() - wanted.keys()):
+        is_bias = name.endswith(_BIAS) and not read(tensors[name]).any()
+        if name in useless or is_bias:
+            audit.check_shape(
+                place, name, tensors[name].shape, useless.get(name, tensors[name].shape)
+            )
+            left_out.append(audit.record(name, read(tensors.pop(name))))
     audit.check_names(place, set(tensors), set(wanted))
     for name, shape in wanted.items():
         audit.check_shape(place, name, tensors[name].shape, shape)
@@ -128,6 +135,11 @@ def _source(theirs: HfFolder, architecture: Architecture, found: list[Entry]) ->
         hashes=audit.read_hashes(theirs.path),
         dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )
+
+
+def _what_is_left_out(records: list[audit.Record]) -> str:
+    more = f" (and {len(records) - 1:,} more, in {audit.AUDIT})" if len(records) > 1 else ""
+    return f"left out: {records[0].name}{more}; the plan's model has no such tensor"
 
 
 def _write_weights(

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,17 +20,19 @@ from megamoe.convert.architectures import (
     Architecture,
     Stage,
     architecture_for,
+    remarks,
     stage_of,
     without_prediction,
 )
 from megamoe.convert.config import config_of
 from megamoe.convert.entries import Entry, entries
-from megamoe.convert.ours import our_tensors
+from megamoe.convert.ours import EXPERTS, our_tensors
 from megamoe.convert.tokenizer import copy_tokenizer
 from megamoe.convert.weights import weight_sources
 from megamoe.errors import CheckpointError
 from megamoe.mcore.stored import TensorReader
 from megamoe.plan.plan import Plan
+from megamoe.recipe.model import Model
 
 Say = Callable[[str], None]
 
@@ -81,11 +83,13 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
         pairs = _write_shards(
             partial, source, list(entries(architecture.table, kept)), (shard_bytes, say)
         )
-        left_out = sorted(our_tensors(plan.model).keys() - our_tensors(kept).keys())
+        left_out = list(_left_out(source, plan.model, kept))
         if left_out:
             say(
                 f"left out: multi-token prediction, {len(left_out)} tensors; {architecture.model_type} has none"
             )
+        for remark in remarks(architecture, plan.model):
+            say(remark)
         facts: dict[str, object] = {
             "megamoe": megamoe.__version__,
             "direction": "to-hf",
@@ -93,7 +97,7 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
             "manifest_sha256": file_sha256(checkpoint / MANIFEST),
             "tokens_seen": progress.tokens_seen,
             "model_type": architecture.model_type,
-            "left_out": left_out,
+            "left_out": [asdict(record) for record in left_out],
         }
         _write_configs(partial, architecture, stage, plan, pairs)
         say(copy_tokenizer(plan.data, partial))
@@ -160,10 +164,26 @@ def _convert(source: _Source, entry: Entry) -> tuple[audit.Pair, dict[str, Tenso
         assert tuple(part.shape) == shape, (their_name, part.shape, shape)
         # Parts of one tensor share its memory, which safetensors refuses.
         parts[their_name] = part.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        where = name if expert is None else f"{name}[{expert}]"
-        audit.check_finite(source.place, f"{where} ({their_name})", parts[their_name])
+        where = f"{_place_in(name, expert)} ({their_name})"
+        audit.check_finite(source.place, where, parts[their_name])
     theirs = tuple(audit.record(part_name, part) for part_name, part in parts.items())
     return audit.Pair(ours=audit.record(name, ours, expert), theirs=theirs), parts
+
+
+def _left_out(source: _Source, model: Model, kept: Model) -> Iterator[audit.Record]:
+    """Yield what the files do not hold, experts one by one."""
+    written = our_tensors(kept)
+    for name, shape in our_tensors(model).items():
+        if name in written:
+            continue
+        for expert in range(shape[0]) if EXPERTS in name else (None,):
+            tensor = source.reader.read(source.names[name], expert)
+            audit.check_finite(source.place, _place_in(name, expert), tensor)
+            yield audit.record(source.names[name], tensor, expert)
+
+
+def _place_in(name: str, expert: int | None) -> str:
+    return name if expert is None else f"{name}[{expert}]"
 
 
 def _check_written(path: Path, pairs: list[audit.Pair]) -> None:

@@ -10,7 +10,7 @@ from megamoe.mcore.engine import Engine
 from megamoe.mcore.model import unwrap
 from megamoe.plan.json import write_plan
 from megamoe.plan.plan import Plan
-from megamoe.recipe import DualNorm, Model, PreNorm, Rope
+from megamoe.recipe import DualNorm, Model, PreNorm, Rope, Yarn
 from tests.mcore import tiny
 from tests.mcore.test_model import randomize
 
@@ -29,6 +29,19 @@ _LATENT = replace(
     norm=PreNorm(eps=1e-6, zero_centered=False),
     experts=replace(tiny.LATENT.experts, scaling_factor=2.5, num_groups=4, group_top_k=2, top_k=4),
 )
+# Of 8 pairs, the first stays, four are blended and three are divided by the factor. Text is four
+# times as long as the original length.
+_YARN = Yarn(
+    factor=4.0,
+    original_seq_len=16,
+    beta_fast=2.0,
+    beta_slow=0.25,
+    mscale=1.0,
+    mscale_all_dim=0.0,
+)
+_STRETCHED = Rope(base=100.0, interleaved=True, yarn=_YARN)
+_ROTATED = replace(tiny.LATENT.attention, qk_rope_head_dim=16)
+_DUAL = DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=False)
 _SOFTMAX = replace(tiny.SOFTMAX, window_pattern="L", global_rope=None)
 MODELS: dict[str, Model] = {
     "exaone_moe": tiny.GROUPED,
@@ -47,15 +60,20 @@ MODELS: dict[str, Model] = {
     "deepseek_v3, whole queries": replace(
         _LATENT, attention=replace(_LATENT.attention, q_lora_rank=None)
     ),
-    "axk1": replace(
+    "deepseek_v3, yarn that scales all scores": replace(
         _LATENT,
-        norm=DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=True),
-        num_dense_layers=0,
-        dense_ffn_dim=None,
+        attention=_ROTATED,
+        global_rope=replace(_STRETCHED, yarn=replace(_YARN, mscale=0.7, mscale_all_dim=1.0)),
     ),
-    "axk1, dense layer": replace(
-        _LATENT, norm=DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=True)
+    "deepseek_v3, yarn that scales rotated scores by half": replace(
+        _LATENT,
+        attention=_ROTATED,
+        global_rope=replace(_STRETCHED, yarn=replace(_YARN, mscale=0.5, mscale_all_dim=0.0)),
     ),
+    "axk1": replace(_LATENT, norm=_DUAL, num_dense_layers=0, dense_ffn_dim=None),
+    "axk1, dense layer": replace(_LATENT, norm=_DUAL),
+    "axk1, norm after a dense layer": replace(_LATENT, norm=replace(_DUAL, after_dense_mlp=True)),
+    "axk1, yarn": replace(_LATENT, norm=_DUAL, attention=_ROTATED, global_rope=_STRETCHED),
     "vaetki": tiny.LATENT,
     "keural_moe": tiny.SOFTMAX,
 }

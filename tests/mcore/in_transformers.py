@@ -34,9 +34,11 @@ def _loaded(folder: Path) -> torch.nn.Module:
 
 
 def _norm_dense_layer(model: torch.nn.Module, layer: int, folder: Path) -> None:
-    """Norm the output of a dense MLP as A.X-K1 was trained; transformers 5.23 leaves it as it is."""
+    """Norm the output of a dense MLP where the files have one; transformers 5.23 drops it."""
     name = f"model.layers.{layer}.post_mlp_layernorm.weight"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
+    if name not in index["weight_map"]:
+        return
     with safe_open(folder / index["weight_map"][name], framework="pt") as opened:
         weight = opened.get_tensor(name)
     eps = model.config.rms_norm_eps

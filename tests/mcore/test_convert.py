@@ -25,7 +25,7 @@ SHARD_BYTES = 20_000  # many files
 REMOTE_CODE = ("vaetki", "keural_moe")
 IN_TRANSFORMERS = [name for name in MODELS if name.split(",")[0] not in REMOTE_CODE]
 # What transformers 5.23 cannot make: multi-token prediction, a norm after a dense MLP.
-MADE = [name for name in IN_TRANSFORMERS if name not in ("exaone_moe", "axk1, dense layer")]
+MADE = [n for n in IN_TRANSFORMERS if n not in ("exaone_moe", "axk1, norm after a dense layer")]
 CHILD = Path(__file__).with_name("in_transformers.py")
 
 
