@@ -1,6 +1,6 @@
 """Trains the same small model under many layouts, for the tests to compare.
 
-Run as a program with a folder: Megatron-core is imported once, and each rank of each layout is a
+Run as a program with a folder, and MODEL/LAYOUT where not all are wanted: Megatron-core is imported once, and each rank of each layout is a
 fork of this process. Leaves in FOLDER/<model>/<layout> the checkpoint after two steps, and
 `result.json` with what the steps measured, or `error.txt`.
 """
@@ -136,10 +136,10 @@ def _run(plan: Plan, run_dir: Path) -> None:
 
 
 def main() -> None:
-    """Run every layout of every model, one after the other."""
-    folder = Path(sys.argv[1])
-    for model, layout in CASES:
-        _run(plan_of(folder, model, layout), run_dir_of(folder, model, layout))
+    """Run layouts of models, one after the other."""
+    folder, *wanted = sys.argv[1:]
+    for model, layout in [tuple(case.split("/")) for case in wanted] or CASES:
+        _run(plan_of(Path(folder), model, layout), run_dir_of(Path(folder), model, layout))
 
 
 if __name__ == "__main__":
