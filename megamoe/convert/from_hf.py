@@ -21,6 +21,7 @@ from megamoe.convert.config import differences, rotary_is_split
 from megamoe.convert.entries import Entry, entries, useless_norms
 from megamoe.convert.hf_folder import HfFolder, HfTensor, read
 from megamoe.convert.ours import share_tensors
+from megamoe.convert.tokenizer import compare_tokenizer
 from megamoe.convert.weights_only import new_checkpoint
 from megamoe.errors import CheckpointError
 from megamoe.mcore.stored import TensorWriter
@@ -69,6 +70,8 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
         say(f"{folder} is {architecture.model_type}, {len(source.tensors):,} tensors")
         if source.left_out:
             say(_what_is_left_out(source.left_out))
+        if remark := compare_tokenizer(folder, plan.data):
+            say(remark)
         pairs = _write_weights(new.tensors, source, found, say)
         for ours, shape in share_tensors(plan.model).items():
             new.tensors.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
@@ -120,7 +123,9 @@ def _source(
             audit.check_shape(
                 place, name, tensors[name].shape, useless.get(name, tensors[name].shape)
             )
-            left_out.append(audit.record(name, read(tensors.pop(name))))
+            values = read(tensors.pop(name))
+            audit.check_finite(place, name, values)
+            left_out.append(audit.record(name, values))
     audit.check_names(place, set(tensors), set(wanted))
     for name, shape in wanted.items():
         audit.check_shape(place, name, tensors[name].shape, shape)
