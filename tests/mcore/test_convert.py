@@ -16,7 +16,7 @@ from megamoe.mcore.model import unwrap
 from megamoe.mcore.router import BalancedRouter
 from megamoe.recipe import Bf16, Fp32
 from tests.mcore.converted import MODELS, all_logits, logits, plan_of, saved, tokens
-from tests.mcore.world import everything, world_of_one
+from tests.mcore.world import adam_states, everything, world_of_one
 from tests.reference.model import Reference
 
 # Logits are of the size 1 to 5: sums of some 100 float32 products in other orders, over 4 layers.
@@ -146,6 +146,29 @@ def test_an_imported_run_is_trained_and_saved_as_a_new_one_with_these_weights(pr
     assert differing(begun, before) == set()
     assert differing(found, expected) == set()
     assert differing(continued, found) == set()
+
+
+def test_the_exact_copies_of_rounded_weights_are_exported_as_float32(tmp_path):
+    plan = plan_of(tmp_path / "run", "exaone_moe", precision=Bf16())
+    with world_of_one(plan):
+        engine = saved(plan, tmp_path / "run")
+        engine.train_step()
+        engine.save(wait=True)
+        states = adam_states(engine)
+    export(tmp_path / "run", tmp_path / "out", "float32")
+    found = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        found |= load_file(file)
+    for theirs, ours in (
+        ("lm_head.weight", "output_layer.weight"),
+        ("mtp.norm.weight", "mtp.layers.0.final_layernorm.weight"),
+        ("model.layers.1.mlp.gate.weight", "decoder.layers.1.mlp.router.weight"),
+        ("model.layers.1.mlp.experts.0.down_proj.weight", "decoder.layers.1.mlp.experts.weight2"),
+    ):
+        # flat, the first expert's first
+        exact = states[f"0.{ours}"]["weight"].flatten()[: found[theirs].numel()]
+        assert not torch.equal(exact, exact.bfloat16().float()), ours
+        assert torch.equal(found[theirs].flatten(), exact), ours
 
 
 def differing(left, right):

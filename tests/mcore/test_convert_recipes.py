@@ -1,0 +1,116 @@
+"""Each recipe has the architecture of its released weights, with their names, at full size too."""
+
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from megamoe.convert.architectures import (
+    ARCHITECTURES,
+    Stage,
+    architecture_for,
+    without_prediction,
+)
+from megamoe.convert.config import config_of, differences
+from megamoe.convert.entries import entries
+from megamoe.recipe import Model
+from megamoe.recipe.load import load_recipe, recipe_names
+from megamoe.recipe.scale import scale_tiny
+
+RELEASED = {
+    "keural_14b": "keural_moe",
+    "vaetki_7b_a1b": "vaetki",
+    "vaetki_20b_a2b": "vaetki",
+    "vaetki_100b_a10b": "vaetki",
+    "k_exaone_236b_a23b": "exaone_moe",
+    "ax_k1_519b_a33b": "axk1",
+}
+# As their index files have them: layers and experts as {}, norms and matrices without `.weight`.
+K_EXAONE = {
+    "model.embed_tokens",
+    "model.norm",
+    "lm_head",
+    *(
+        f"model.layers.{{}}.{name}"
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj")),
+            *(f"self_attn.{part}" for part in ("q_norm", "k_norm")),
+            *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+            "mlp.gate",
+            "mlp.e_score_correction_bias",
+            *(f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")),
+            *(f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")),
+        )
+    ),
+    *(f"mtp.{part}" for part in ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")),
+    *(
+        f"mtp.layers.{{}}.{name}"
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj")),
+            *(f"self_attn.{part}" for part in ("q_norm", "k_norm")),
+            *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+        )
+    ),
+}
+
+
+def tensors(model_type: str, model: Model) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each tensor of a model's folder."""
+    found = [
+        part for entry in entries(ARCHITECTURES[model_type].table, model) for part in entry.theirs
+    ]
+    assert len(found) == len(dict(found)), "a name is there twice"
+    return dict(found)
+
+
+@pytest.mark.parametrize("scale", ["full", "tiny"])
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_stage_of_a_recipe_has_the_architecture_of_the_released_weights(name, scale):
+    loaded = load_recipe(name)
+    recipe = (scale_tiny(loaded) if scale == "tiny" else loaded).recipe
+    for trained in recipe.stages:
+        stage = Stage(
+            model=recipe.model,
+            interpolation=trained.rope_interpolation,
+            seq_len=trained.seq_len,
+        )
+        architecture = architecture_for(stage, name)
+        assert architecture.model_type == RELEASED[name]
+        assert list(differences(architecture, stage, config_of(architecture, stage))) == []
+    assert tensors(RELEASED[name], without_prediction(architecture, recipe.model))
+
+
+def test_k_exaone_has_the_names_and_the_size_of_its_index():
+    model = load_recipe("k_exaone_236b_a23b").recipe.model
+    found = tensors("exaone_moe", model)
+    assert {re.sub(r"\.\d+\.", ".{}.", n).removesuffix(".weight") for n in found} == K_EXAONE
+    assert sum(map(math.prod, found.values())) == 237_099_669_632
+    assert found["mtp.fc.weight"] == (6144, 12_288)
+    assert found["model.layers.1.mlp.e_score_correction_bias"] == (128,)
+    assert "model.layers.0.mlp.gate.weight" not in found
+
+
+def test_a_x_k1_has_the_976_keys_and_the_size_of_its_index():
+    """It has experts in one tensor, no bias and no prediction; ours come one by one."""
+    whole = load_recipe("ax_k1_519b_a33b").recipe.model
+    model = replace(whole, mtp=None, experts=replace(whole.experts, expert_bias=False))
+    found = tensors("axk1", model)
+    assert sum(map(math.prod, found.values())) == 518_983_059_456
+    fused = Counter(
+        re.sub(r"\.\d+\.(gate|up)_proj\.weight$", ".gate_up_proj", name)
+        if ".experts." in name and not name.endswith("down_proj.weight")
+        else re.sub(r"(\.experts)\.\d+\.down_proj\.weight$", r"\1.down_proj", name)
+        for name in found
+    )
+    assert len(fused) == 976
+    assert fused["model.layers.1.mlp.experts.gate_up_proj"] == 2 * 192
+    assert fused["model.layers.60.mlp.experts.down_proj"] == 192
+    assert len(found) == 976 - 60 * 2 + 60 * 192 * 3
+    norms = [name for name in found if name.endswith(".post_mlp_layernorm.weight")]
+    assert len(norms) == 61
