@@ -162,12 +162,18 @@ def _convert(source: _Source, entry: Entry) -> tuple[audit.Pair, dict[str, Tenso
     parts: dict[str, Tensor] = {}
     for (their_name, shape), part in zip(entry.theirs, entry.rule.split(ours), strict=True):
         assert tuple(part.shape) == shape, (their_name, part.shape, shape)
-        # Parts of one tensor share its memory, which safetensors refuses.
-        parts[their_name] = part.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        parts[their_name] = _on_its_own(part.to(dtype))
         where = f"{_place_in(name, expert)} ({their_name})"
         audit.check_finite(source.place, where, parts[their_name])
     theirs = tuple(audit.record(part_name, part) for part_name, part in parts.items())
     return audit.Pair(ours=audit.record(name, ours, expert), theirs=theirs), parts
+
+
+def _on_its_own(part: Tensor) -> Tensor:
+    """Return a tensor that shares no memory: parts of one tensor do, which safetensors refuse."""
+    part = part.contiguous()
+    is_whole = part.untyped_storage().nbytes() == part.nbytes
+    return part if is_whole else part.clone()
 
 
 def _left_out(source: _Source, model: Model, kept: Model) -> Iterator[audit.Record]:

@@ -1,10 +1,12 @@
-"""Converts a checkpoint of more bytes than the memory it needs; says how much that was.
+"""Converts a checkpoint of more bytes than the memory it is given; says how much it took.
 
-Run as a program with a folder: writes a run of one wide model there, expert by expert, exports and
-imports it, and prints bytes of the weights and the growth of this process's peak of memory.
+Run as a program with a folder: writes a run of one wide model there, expert by expert. Then it
+limits its own memory, exports and imports the run, and prints bytes of the weights, the limit, and
+the growth of its largest resident set, in which the pages of mapped files count.
 """
 
 import json
+import re
 import resource
 import sys
 from dataclasses import replace
@@ -12,67 +14,58 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoints import folder as files
-from megamoe.checkpoints.folder import Progress
-from megamoe.checkpoints.manifest import write_manifest
+from benchmarks.convert_memory import write_run
 from megamoe.convert.from_hf import from_hf
-from megamoe.convert.ours import EXPERTS, our_tensors
 from megamoe.convert.to_hf import to_hf
-from megamoe.mcore.stored import TensorWriter
-from megamoe.plan.json import digest, write_plan
+from megamoe.plan.json import write_plan
 from tests.mcore import tiny
 
 MODEL = replace(
     tiny.GROUPED,
     hidden_dim=512,
-    num_layers=4,
+    num_layers=5,
     experts=replace(tiny.GROUPED.experts, num_routed=32, ffn_dim=512),
     mtp=None,
 )
+LIMIT_BYTES = 100_000_000  # beyond what the process has when it begins to convert
 
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _write_run(folder: Path) -> int:
-    plan = tiny.tiny_plan(folder / "data", MODEL)
-    write_plan(folder / "plan.json", plan)
-    write_plan(folder.with_name("again") / "plan.json", plan)
-    partial = files.begin(folder / "checkpoints", files.name_of(0))
-    assert partial is not None
-    total = 0
-    with TensorWriter(partial) as writer:
-        for name, shape in our_tensors(MODEL).items():
-            count = shape[0] if EXPERTS in name else 1
-            for i in range(count):
-                own = shape[1:] if EXPERTS in name else shape
-                writer.write(name, torch.full(own, 0.5), (i, count) if EXPERTS in name else None)
-                total += torch.Size(own).numel() * 4
-        entries, _ = writer.finish()
-    progress = Progress(
-        plan_digest=digest(plan),
-        segment=0,
-        step=0,
-        tokens_seen=0,
-        segment_done=False,
-        ledger=(),
-    )
-    write_manifest(partial, [*entries, files.write_progress(partial, progress)])
-    files.publish(partial, folder / "checkpoints" / files.name_of(0), keep=1)
-    return total
+def _limit_memory() -> None:
+    """Have the system refuse more than so many bytes of memory that is written to."""
+    found = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, "no VmData"
+    most = int(found[1]) * 1024 + LIMIT_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _is_refused(num_bytes: int) -> bool:
+    try:
+        torch.empty(num_bytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        return "can't allocate memory" in str(error)
+    return False
 
 
 def main() -> None:
     """Convert there and back."""
     root = Path(sys.argv[1])
-    for name in ("run", "again"):
-        (root / name).mkdir()
-    total = _write_run(root / "run")
+    torch.set_num_threads(1)  # stacks of threads count as memory
+    (root / "again").mkdir()
+    write_plan(root / "again/plan.json", tiny.tiny_plan(root / "data", MODEL))
+    total = write_run(root / "run", root / "again/plan.json")
     before = _peak_bytes()
-    to_hf(root / "run", root / "out", dtype=None, shard_bytes=16_000_000, say=lambda _: None)
+    _limit_memory()
+    to_hf(root / "run", root / "out", dtype=None, shard_bytes=8_000_000, say=lambda _: None)
     from_hf(root / "out", root / "again", tokens_seen=0, say=lambda _: None)
-    sys.stdout.write(json.dumps({"weights": total, "grown": _peak_bytes() - before}))
+    grown = _peak_bytes() - before
+    # last: an allocation that fails leaves the allocator with a heap it may not have needed
+    refused = _is_refused(total)
+    result = {"weights": total, "limit": LIMIT_BYTES, "grown": grown, "whole_is_refused": refused}
+    sys.stdout.write(json.dumps(result))
 
 
 if __name__ == "__main__":
