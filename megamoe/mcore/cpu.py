@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,9 @@ def _patch_current_device() -> None:
 
 
 def _patch_factories() -> None:
+    # `with torch.device("meta")` knows the factories by a list that torch 2.13 makes at its first use
+    # (utils/_device.py:19) and keeps: of what is replaced here it must hold the originals.
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like", "full", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -73,7 +73,10 @@ def enable_without_cuda() -> dict[str, object]:
     """Return what `enable` leaves as it is here, and what a second call replaces."""
     changed = changed_by(cpu.enable)
     unchanged = [name for name in watched() if name not in changed]
-    return {"unchanged": unchanged, "again": changed_by(cpu.enable)}
+    again = changed_by(cpu.enable)
+    with torch.device("meta"):
+        on_meta = [torch.arange(3), torch.empty(3), torch.tensor(3.0)]
+    return {"unchanged": unchanged, "again": again, "on meta": [x.is_meta for x in on_meta]}
 
 
 def leave_out(name: str | None) -> dict[str, object]:
