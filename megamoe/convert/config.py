@@ -20,6 +20,7 @@ _FREE = frozenset(
         "model_type",
         "rope_interleave",
         "rope_parameters",
+        "rope_scaling",
     }
 )
 
@@ -48,6 +49,8 @@ def differences(
 ) -> Iterator[str]:
     """Yield where a config.json says another model than the plan: 'hidden_size 64, not 32'."""
     wanted = config_of(architecture, stage)
+    if "quantization_config" in given:
+        yield "quantization_config, whose weights are not read"
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     flat = {key: value for key, value in given.items() if value is not None}
     if "rope_theta" in rope:
@@ -55,6 +58,9 @@ def differences(
     for key, value in wanted.items():
         if key not in _FREE and flat.get(key, value) != value:
             yield f"{key} {flat[key]}, not {value}"
+    if architecture.model_type == "vaetki":
+        yield from _interpolation_differences(stage, rope)
+        return
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = wanted.get("rope_scaling") or wanted.get("rope_parameters") or {}
     if kind != known.get("rope_type", "default"):
@@ -63,8 +69,20 @@ def differences(
         assert stage.model.global_rope is not None, stage
         assert stage.model.global_rope.yarn is not None, stage
         yield from yarn_differences(stage.model.global_rope.yarn, given)
-    if "quantization_config" in flat:
-        yield "quantization_config, whose weights are not read"
+
+
+def _interpolation_differences(stage: Stage, rope: Mapping[str, Any]) -> Iterator[str]:
+    """Yield by what positions of global layers are divided, if it is not what the stage does."""
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in (None, "linear"):
+        yield f"rope_type {kind!r}, not 'linear' or none"
+        return
+    factor = _PUBLISHED_INTERPOLATION if kind is None else rope["factor"]
+    if factor != stage.interpolation:
+        yield (
+            f"rope_interpolation {factor:g}, not {stage.interpolation:g} (give --tokens-seen of a "
+            f"stage that has it, or the plan --set STAGE.rope_interpolation={factor:g})"
+        )
 
 
 def rotary_is_split(given: Mapping[str, Any]) -> bool:

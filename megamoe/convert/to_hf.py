@@ -127,6 +127,7 @@ def _write_shards(
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, name)
         save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        (folder / name).chmod(_mode())  # safetensors lets its owner alone read it
         tensors.clear()
         _check_written(folder / name, pairs[-len(shard) :])
         say(f"{name}  {total:,} bytes so far")
@@ -224,6 +225,13 @@ def _publish(partial: Path, out: Path) -> None:
         _flush(path)
     partial.rename(out)
     _flush(out.parent)
+
+
+def _mode() -> int:
+    """Return the permissions that a new file has here."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _flush(path: Path) -> None:

@@ -151,3 +151,29 @@ def test_what_an_export_leaves_out_is_in_the_audit_with_its_checksum(tmp_path, m
     assert [record["index"] for record in experts] == [*range(8)]
     assert {record["name"].split(".")[0] for record in left_out} == {"mtp"}
     assert all(len(record["sha256"]) == 64 for record in left_out)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        (8.0, None, []),
+        (1.0, {"rope_type": "linear", "factor": 1.0}, []),
+        (1.0, {"type": "linear", "factor": 1.0}, []),
+        (1.0, None, ["rope_interpolation 8, not 1 (give --tokens-seen of a stage that has it"]),
+        (8.0, {"rope_type": "linear", "factor": 4.0}, ["rope_interpolation 4, not 8 (give"]),
+        (8.0, {"rope_type": "yarn", "factor": 8.0}, ["rope_type 'yarn', not 'linear' or none"]),
+    ],
+)
+def test_the_interpolation_of_vaetki_is_that_of_the_stage(ours, theirs, expected):
+    architecture = ARCHITECTURES["vaetki"]
+    trained = Stage(model=MODELS["vaetki"], interpolation=ours, seq_len=32_768)
+    given = {**config_of(architecture, trained), "rope_scaling": theirs}
+    found = list(differences(architecture, trained, given))
+    assert len(found) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
+
+
+def test_files_may_be_read_by_whom_other_new_files_may(tmp_path):
+    folder = exported(tmp_path)
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1
