@@ -5,6 +5,7 @@ the same model to the same losses: tests/mcore/test_losses.py.
 """
 
 import importlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.package_info import VERSION
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -100,6 +102,17 @@ def dense_mlp_spec(linears: MLPSubmodules) -> Any:
     if MEGATRON_CORE < (0, 18):
         return ModuleSpec(module=MLP, submodules=linears)
     return partial(MLP.as_mlp_submodule, submodules=linears)
+
+
+def rotation_options(config: TransformerConfig) -> dict[str, Any]:
+    """Return what apply_rotary_pos_emb must be told to rotate pairs of neighbours, as MLA does.
+
+    0.16.1 models/common/embeddings/rope_utils.py:119 asks the configuration; 0.19.2 (:278) wants to be
+    told, and rotates halves otherwise.
+    """
+    if "mla_rotary_interleaved" not in inspect.signature(apply_rotary_pos_emb).parameters:
+        return {}
+    return {"mla_rotary_interleaved": config.multi_latent_attention}
 
 
 def layer_index(router: Any, num_layers: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor
 
+from megamoe.mcore.compat import rotation_options
 from megamoe.nn.attention import continued_attention
 from megamoe.nn.cache import Cache, LayerCache, make_layer_cache
 from megamoe.recipe import MLA, Model
@@ -101,6 +102,7 @@ def _rotation(attention: Any, positions: Any) -> partial[Tensor]:
         config=attention.config,
         mscale=scale,
         cp_group=attention.pg_collection.cp,
+        **rotation_options(attention.config),
     )
 
 

@@ -16,6 +16,7 @@ from megamoe.mcore.model import unwrap
 from megamoe.mcore.router import BalancedRouter
 from megamoe.recipe import Bf16, Fp32
 from tests.mcore.converted import MODELS, all_logits, logits, plan_of, saved, tokens
+from tests.mcore.test_model import reference_weights
 from tests.mcore.world import adam_states, everything, world_of_one
 from tests.reference.model import Reference
 
@@ -115,8 +116,7 @@ def test_an_imported_model_is_that_of_the_reference(name, tmp_path):
     with world_of_one(again):
         engine = Engine(again, again.segments[0], tmp_path / "again")
         ours = all_logits(engine)
-        state = unwrap(engine.chunks[0]).state_dict()
-    weights = {key: value.double() for key, value in state.items() if torch.is_tensor(value)}
+        weights = reference_weights(engine.chunks[0])
     outputs = Reference(plan.model, weights).run(tokens())
     for found, wanted in zip(ours, (outputs.logits, *outputs.mtp_logits), strict=True):
         assert (found - wanted).abs().max() < TOLERANCE
