@@ -91,6 +91,34 @@ def continued_attention(
     return out.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
 
 
+def bounded_attention(
+    q_SBND: Tensor, k_PBMD: Tensor, v_PBMV: Tensor, *, first_SB: Tensor, scale: float
+) -> Tensor:
+    """Attend from a position of its own for each query up to the query: documents, packed.
+
+    The mask is written out, S times P for each sequence, on every device. FlexAttention, which takes
+    such a bound as a function, belongs here.
+
+    Args:
+        q_SBND: queries of the last S positions.
+        k_PBMD: keys of all P.
+        v_PBMV: values, as the keys.
+        first_SB: the first position that each query sees, among the P; at most its own. Below 0: all.
+        scale: factor of the scores before the softmax.
+
+    Returns:
+        [S, B, N * V], dtype of the queries.
+    """
+    (seq_len, batch, num_heads, _), num_keys = q_SBND.shape, len(k_PBMD)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_PBMD, v_PBMV))
+    keys = torch.arange(num_keys, device=q.device)
+    queries = torch.arange(num_keys - seq_len, num_keys, device=q.device)[:, None]
+    mask = (keys <= queries) & (keys >= first_SB.T[:, None, :, None])
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
+
+
 def describe(device: torch.device, key_dim: int, value_dim: int) -> dict[str, str]:
     """Return which kernel does full attention and which a window, in bfloat16, and tries them.
 

@@ -1,0 +1,248 @@
+"""Attention around a ring: rows of tokens pass by every rank's queries, in zig-zag order.
+
+Each rank has 2 chunks of queries; what it has of the output so far is merged with what the next
+rows add, by the logarithm of the sum of exponentials of both (Milakov and Gimelshein 2018; Liu et
+al. 2023). Of MLA, rows are latents, which every rank projects up anew: the smallest message, and
+the projection of the whole sequence on every rank. The backward pass sends the rows around again,
+and with them the sum of their gradients so far, in float32.
+
+Scores of two chunks are written out here, on every device. A kernel that returns the logarithm of
+the sum, as FlashAttention does, belongs in `_partial` and `_partial_gradients`.
+
+Shapes: L tokens of a rank, Q and K those of a chunk of queries and of keys, B batch, N heads,
+D query and key head dimension, V value head dimension, F features of a token's row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamoe.nn.context_group import ContextGroup
+from megamoe.nn.context_heads import AttentionLayer
+from megamoe.nn.context_transfers import Chunks
+
+_Context = Any  # torch's own type does not know saved_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """What all steps of one call have in common."""
+
+    cp: ContextGroup
+    layer: AttentionLayer
+    chunks: Chunks
+    starts: Tensor | None  # [S, B] of the whole sequence: where the document of each token begins
+
+    def steps(self) -> Iterator[tuple[int, bool]]:
+        """Yield whose rows are here, and whether others follow."""
+        for step in range(self.cp.size):
+            yield (self.cp.rank - step) % self.cp.size, step < self.cp.size - 1
+
+    def pairs(self, owner: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield which of the two chunks of rows here are seen, and by which chunks of queries."""
+        queries = self._chunks(self.cp.rank)
+        for j, (key_chunk, keys) in enumerate(self._chunks(owner)):
+            seen_by = [
+                i
+                for i, (query_chunk, rows) in enumerate(queries)
+                if query_chunk >= key_chunk and rows and keys and self._is_near(rows, keys)
+            ]
+            if seen_by:
+                yield j, seen_by
+
+    def mask(self, owner: int, i: int, j: int, device: torch.device) -> Tensor | None:
+        """Return [B or 1, 1, Q, K], which keys of a chunk each query sees; None: all."""
+        query_chunk, queries = self._chunks(self.cp.rank)[i]
+        key_chunk, keys = self._chunks(owner)[j]
+        window = self.layer.window
+        if query_chunk != key_chunk and window is None and self.starts is None:
+            return None
+        key_positions = torch.arange(keys.start, keys.stop, device=device)
+        positions = torch.arange(queries.start, queries.stop, device=device)[None, :, None]
+        sees = key_positions <= positions
+        if window is not None:
+            sees &= key_positions > positions - window
+        if self.starts is not None:
+            starts_BQ = self.starts[queries.start : queries.stop].T
+            sees = sees & (key_positions >= starts_BQ[:, :, None])
+        return sees[:, None]
+
+    def split_heads(self, x_LBND: Tensor) -> list[Tensor]:
+        """Return this rank's two chunks, [B, N, Q, D]."""
+        mine = self.chunks.held_by(self.cp.rank, zigzag=True)
+        return [x.permute(1, 2, 0, 3) for x in self.chunks.split(x_LBND, mine)]
+
+    def rows_of(self, rows_LBF: Tensor, owner: int, j: int) -> Tensor:
+        """Return one of the two chunks of a rank's rows, a view."""
+        return self.chunks.split(rows_LBF, self.chunks.held_by(owner, zigzag=True))[j]
+
+    def _chunks(self, rank: int) -> list[tuple[int, range]]:
+        held = self.chunks.held_by(rank, zigzag=True)
+        return [(chunk, self.chunks.rows(chunk)) for chunk in held]
+
+    def _is_near(self, queries: range, keys: range) -> bool:
+        """Tell whether the first query sees the last key."""
+        window = self.layer.window
+        return window is None or queries.start - keys.stop < window - 1
+
+
+def ring_attention(
+    ring: Ring, q_LBND: Tensor, rows_LBF: Tensor, up_weight: Tensor | None
+) -> Tensor:
+    """Return [L, B, N * V]; queries, rows and output are in zig-zag order."""
+    output: Tensor = _RingAttention.apply(ring, q_LBND, rows_LBF, up_weight)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context, ring: Ring, q_LBND: Tensor, rows_LBF: Tensor, up_weight: Tensor | None
+    ) -> Tensor:
+        queries = ring.split_heads(q_LBND)
+        results = [_nothing_seen(q, ring.layer.heads.value_dim) for q in queries]
+        rows = rows_LBF
+        for owner, more in ring.steps():
+            following = ring.cp.rotate(rows, "forward") if more else None
+            for j, seen_by in ring.pairs(owner):
+                k, v = _expand(ring, ring.rows_of(rows, owner, j), up_weight)
+                for i in seen_by:
+                    mask = ring.mask(owner, i, j, rows.device)
+                    new = _partial(queries[i], k, v, mask, ring.layer.scale)
+                    results[i] = _merged(results[i], new)
+            rows = following.wait() if following is not None else rows
+        outputs, sums = zip(*results, strict=True)
+        ctx.ring, ctx.has_weight = ring, up_weight is not None
+        weights = () if up_weight is None else (up_weight,)
+        ctx.save_for_backward(q_LBND, rows_LBF, *outputs, *sums, *weights)
+        return _heads_last(outputs).to(q_LBND.dtype).flatten(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: _Context, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor | None]:
+        ring: Ring = ctx.ring
+        q_LBND, rows, out0, out1, sum0, sum1, *weights = ctx.saved_tensors
+        up_weight = weights[0] if weights else None
+        wide = out0.dtype
+        grads = ring.split_heads(torch.unflatten(grad, -1, (q_LBND.shape[2], -1)).to(wide))
+        sides = [
+            _Side(query=q, grad=g, sum=s, delta=(g * o).sum(dim=-1), grad_q=torch.zeros_like(q))
+            for q, g, o, s in zip(
+                ring.split_heads(q_LBND.to(wide)), grads, (out0, out1), (sum0, sum1), strict=True
+            )
+        ]
+        grad_weight = None if up_weight is None else torch.zeros_like(up_weight, dtype=wide)
+        arriving = None
+        for owner, more in ring.steps():
+            following = ring.cp.rotate(rows, "backward") if more else None
+            grad_rows = torch.zeros_like(rows, dtype=wide)
+            for j, seen_by in ring.pairs(owner):
+                part, into = ring.rows_of(rows, owner, j), ring.rows_of(grad_rows, owner, j)
+                into += _pull_back(ring, sides, (owner, j, seen_by), part, up_weight, grad_weight)
+            if arriving is not None:
+                grad_rows += arriving.wait()
+            arriving = ring.cp.rotate(grad_rows, "backward")  # the last time it is home
+            rows = following.wait() if following is not None else rows
+        assert arriving is not None
+        grad_q = _heads_last([side.grad_q for side in sides]).to(q_LBND.dtype)
+        if grad_weight is not None and up_weight is not None:
+            grad_weight = grad_weight.to(up_weight.dtype)
+        return None, grad_q, arriving.wait().to(rows.dtype), grad_weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """A chunk of queries in the backward pass, in float32 at least."""
+
+    query: Tensor  # [B, N, Q, D]
+    grad: Tensor  # of the output, [B, N, Q, V]
+    sum: Tensor  # logarithm of the sum of exponentials, [B, N, Q]
+    delta: Tensor  # sum of output times gradient (Dao et al. 2022, appendix B.2), [B, N, Q]
+    grad_q: Tensor  # added up here
+
+
+def _pull_back(
+    ring: Ring,
+    sides: list[_Side],
+    pair: tuple[int, int, list[int]],
+    part_KBF: Tensor,
+    up_weight: Tensor | None,
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """Return the gradient of a chunk of rows, [K, B, F]; adds those of queries and weight."""
+    owner, j, seen_by = pair
+    part = part_KBF.detach().requires_grad_()
+    weight = None if up_weight is None else up_weight.detach().requires_grad_()
+    with torch.enable_grad():
+        k, v = _expand(ring, part, weight)
+    wide_k, wide_v = (x.detach().to(sides[0].grad.dtype) for x in (k, v))
+    grad_k, grad_v = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    for i in seen_by:
+        side, mask = sides[i], ring.mask(owner, i, j, part.device)
+        scores = _scores(side.query, wide_k, mask, ring.layer.scale)
+        weights = (scores - side.sum[..., None]).exp()
+        grad_v += weights.mT @ side.grad
+        grad_scores = weights * (side.grad @ wide_v.mT - side.delta[..., None]) * ring.layer.scale
+        side.grad_q.add_(grad_scores @ wide_k)
+        grad_k += grad_scores.mT @ side.query
+    inputs = [part] if weight is None else [part, weight]
+    grads = torch.autograd.grad((k, v), inputs, (grad_k.to(k.dtype), grad_v.to(v.dtype)))
+    if grad_weight is not None:
+        grad_weight += grads[1]
+    return grads[0]
+
+
+def _expand(ring: Ring, rows_KBF: Tensor, up_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return keys and values for every query head, [B, N, K, D] and [B, N, K, V]."""
+    heads = ring.layer.heads
+    k, v = (x.permute(1, 2, 0, 3) for x in heads.expand(rows_KBF, up_weight))
+    times = heads.num_heads // k.shape[1]
+    if times > 1:
+        k, v = (x.repeat_interleave(times, dim=1) for x in (k, v))
+    return k, v
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return [B, N, Q, K] in float32 at least, -inf where a query does not see a key."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.mT.to(wide)) * scale
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+def _partial(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output for these keys alone, and the logarithm of the sum of exponentials."""
+    scores = _scores(q, k, mask, scale)
+    log_sum = scores.logsumexp(dim=-1)
+    weights = (scores - _finite(log_sum)[..., None]).exp()
+    return weights @ v.to(weights.dtype), log_sum
+
+
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the output for the keys of both."""
+    log_sum = torch.logaddexp(one[1], other[1])
+    shift = _finite(log_sum)
+    terms = (out * (s - shift).exp()[..., None] for out, s in (one, other))
+    return sum(terms, start=torch.zeros_like(one[0])), log_sum
+
+
+def _finite(log_sum: Tensor) -> Tensor:
+    """Return 0 for queries that have seen no key yet, so that nothing is -inf less -inf."""
+    return log_sum.masked_fill(log_sum == -torch.inf, 0.0)
+
+
+def _nothing_seen(q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (
+        q.new_zeros(*q.shape[:3], value_dim, dtype=wide),
+        q.new_full(q.shape[:3], -torch.inf, dtype=wide),
+    )
+
+
+def _heads_last(chunks: Sequence[Tensor]) -> Tensor:
+    """Return [L, B, N, ...] from chunks [B, N, Q, ...]."""
+    return torch.cat(tuple(chunks), dim=2).permute(2, 0, 1, 3)
