@@ -10,6 +10,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megamoe.nn import attention_gpu
 
+_BOUNDED_BLOCK = 1_024  # queries whose mask is in memory at once
+
 
 def causal_attention(
     q_SBND: Tensor,
@@ -92,18 +94,26 @@ def continued_attention(
 
 
 def bounded_attention(
-    q_SBND: Tensor, k_PBMD: Tensor, v_PBMV: Tensor, *, first_SB: Tensor, scale: float
+    q_SBND: Tensor,
+    k_PBMD: Tensor,
+    v_PBMV: Tensor,
+    *,
+    first_SB: Tensor,
+    window: int | None,
+    scale: float,
 ) -> Tensor:
     """Attend from a position of its own for each query up to the query: documents, packed.
 
-    The mask is written out, S times P for each sequence, on every device. FlexAttention, which takes
-    such a bound as a function, belongs here.
+    Block of queries by block, with the mask of one written out at a time, on every device.
+    FlexAttention, which takes such a bound as a function, belongs here.
 
     Args:
         q_SBND: queries of the last S positions.
         k_PBMD: keys of all P.
         v_PBMV: values, as the keys.
-        first_SB: the first position that each query sees, among the P; at most its own. Below 0: all.
+        first_SB: the first position that each query sees, counted among the P; at most its own.
+            Below 0: all of them.
+        window: number of keys a query sees at most; None: all from that first one.
         scale: factor of the scores before the softmax.
 
     Returns:
@@ -111,12 +121,25 @@ def bounded_attention(
     """
     (seq_len, batch, num_heads, _), num_keys = q_SBND.shape, len(k_PBMD)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_PBMD, v_PBMV))
-    keys = torch.arange(num_keys, device=q.device)
-    queries = torch.arange(num_keys - seq_len, num_keys, device=q.device)[:, None]
-    mask = (keys <= queries) & (keys >= first_SB.T[:, None, :, None])
-    grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
+    earlier, outputs = num_keys - seq_len, []
+    for begin in range(0, seq_len, _BOUNDED_BLOCK):
+        end = min(seq_len, begin + _BOUNDED_BLOCK)
+        low = 0 if window is None else max(0, earlier + begin - window + 1)
+        keys = torch.arange(low, earlier + end, device=q.device)
+        queries = torch.arange(earlier + begin, earlier + end, device=q.device)[:, None]
+        mask = (keys <= queries) & (keys >= first_SB[begin:end].T[:, None, :, None])
+        if window is not None:
+            mask &= queries - keys < window
+        out = scaled_dot_product_attention(
+            q[:, :, begin:end],
+            k[:, :, low : earlier + end],
+            v[:, :, low : earlier + end],
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(out.permute(2, 0, 1, 3))
+    return torch.cat(outputs).reshape(seq_len, batch, num_heads * v.shape[-1])
 
 
 def describe(device: torch.device, key_dim: int, value_dim: int) -> dict[str, str]:

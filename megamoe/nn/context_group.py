@@ -154,11 +154,13 @@ class Posted:
         self.cp, self.transfer = cp, transfer
         self.pending: Pending | None = None
         # Of no elements: what ties the two steps in the graph, where nothing has arrived yet.
-        self.token: Tensor = _Post.apply(x, self)  # type: ignore[no-untyped-call]
+        self.token: Tensor | None = _Post.apply(x, self)  # type: ignore[no-untyped-call]
 
     def wait(self) -> Tensor:
         """Return its output; to be called once."""
-        output: Tensor = _Wait.apply(self.token, self)  # type: ignore[no-untyped-call]
+        # The graph keeps this object, so that keeping the graph, too, would keep both for ever.
+        token, self.token = self.token, None
+        output: Tensor = _Wait.apply(token, self)  # type: ignore[no-untyped-call]
         return output
 
     def arrive(self) -> Tensor:

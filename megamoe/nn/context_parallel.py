@@ -193,29 +193,20 @@ def _attend(
     window, scale = begun.layer.window, begun.layer.scale
     num_earlier = len(k_PBMD) - len(q_SBND)
     if starts_SB is not None:
-        first_SB = _first_seen(begun, starts_SB, num_earlier)
-        return bounded_attention(q_SBND, k_PBMD, v_PBMV, first_SB=first_SB, scale=scale)
+        # Where a document begins is a property of the query alone, so that a halo needs no
+        # documents of its own: what a query must not see lies before its own beginning.
+        whole = begun.scheme is Scheme.HEADS or begun.cp.size == 1
+        first_key = (0 if whole else begun.cp.rank * len(q_SBND)) - num_earlier
+        first_SB = starts_SB - first_key
+        return bounded_attention(
+            q_SBND, k_PBMD, v_PBMV, first_SB=first_SB, window=window, scale=scale
+        )
     if window is not None and 0 < num_earlier < len(q_SBND):
         # Queries of zeros in front make it the attention of a whole sequence, whose kernels know
         # windows, for at most twice the work, and with a window well below the shard little more.
         q_PBND = torch.cat((q_SBND.new_zeros(num_earlier, *q_SBND.shape[1:]), q_SBND))
         return causal_attention(q_PBND, k_PBMD, v_PBMV, window=window, scale=scale)[num_earlier:]
     return continued_attention(q_SBND, k_PBMD, v_PBMV, window=window, scale=scale)
-
-
-def _first_seen(begun: Begun, starts_SB: Tensor, num_earlier: int) -> Tensor:
-    """Return the first of the keys here that each query sees, by its document and the window.
-
-    A document's beginning is a property of the query alone, so that a halo needs no documents of
-    its own: what a query must not see lies before its own beginning.
-    """
-    whole = begun.scheme is Scheme.HEADS or begun.cp.size == 1
-    first_query = 0 if whole else begun.cp.rank * len(starts_SB)
-    first_SB = starts_SB - (first_query - num_earlier)
-    if begun.layer.window is None:
-        return first_SB
-    last = torch.arange(num_earlier, num_earlier + len(starts_SB), device=starts_SB.device)
-    return torch.maximum(first_SB, (last - begun.layer.window + 1)[:, None])
 
 
 def _refusal(layer: AttentionLayer, scheme: Scheme, cp: int) -> str:
