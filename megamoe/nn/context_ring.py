@@ -115,7 +115,7 @@ class _RingAttention(torch.autograd.Function):
                     results[i] = _merged(results[i], new)
             rows = following.wait() if following is not None else rows
         outputs, sums = zip(*results, strict=True)
-        ctx.ring, ctx.has_weight = ring, up_weight is not None
+        ctx.ring = ring
         weights = () if up_weight is None else (up_weight,)
         ctx.save_for_backward(q_LBND, rows_LBF, *outputs, *sums, *weights)
         return _heads_last(outputs).to(q_LBND.dtype).flatten(2)

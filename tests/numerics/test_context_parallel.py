@@ -1,0 +1,216 @@
+"""Attention over a sequence that several ranks share is that of one rank, gradients included.
+
+All cases run once, in one world of 8 processes (context_world.py).
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamoe.errors import MegamoeError
+from megamoe.nn.attention import bounded_attention
+from megamoe.nn.context_cost import Extent, Machine, choose, explain, wire_bytes
+from megamoe.nn.context_group import ContextGroup, shard_len
+from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
+from megamoe.nn.context_parallel import Scheme, begin, schemes
+from megamoe.nn.context_tokens import document_starts, next_tokens, starts_of_lengths
+from tests.numerics.context_cases import grouped, latent
+from tests.numerics.context_world import SIZES, cases
+
+REPOSITORY = Path(__file__).parents[2]
+# Outputs and gradients are below 100 and sums of at most 24 * 72 products; 1,728 roundings of
+# float64, 2^-53 each, are 2e-13 in the worst case.
+TOLERANCE = 1e-12
+H200 = Machine(link_bytes_per_s=50e9, flops_per_s=500e12, message_s=20e-6)
+VAETKI_100B = LatentHeads(num_heads=24, latent_dim=512, nope_dim=128, rope_dim=64, value_dim=128)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    file = tmp_path_factory.mktemp("context") / "results.json"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.numerics.context_world", str(file)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", list(Scheme))
+@pytest.mark.parametrize("cp", SIZES)
+def test_every_scheme_computes_what_one_rank_would(results, cp, scheme):
+    found = {r["name"]: r["error"] for r in results["attention"] if r["cp"] == cp}
+    expected = [case.name for case in cases(cp) if case.scheme == scheme.value]
+    assert expected
+    wrong = {name: found[name] for name in expected if not found[name] <= TOLERANCE}
+    assert not wrong, wrong
+
+
+@pytest.mark.slow
+def test_the_bytes_received_are_those_of_the_formula(results):
+    wrong = [(r["cp"], r["name"]) for r in results["attention"] if not r["bytes_right"]]
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_next_tokens_are_those_of_the_whole_sequence(results):
+    assert {row["cp"] for row in results["tokens"]} == set(SIZES)
+    assert not [(row["cp"], row["name"]) for row in results["tokens"] if row["differs"]]
+
+
+@pytest.mark.slow
+def test_layers_may_overlap_and_be_computed_anew(results):
+    errors = {r["name"]: r["error"] for r in results["otherwise"] if "bfloat16" not in r["name"]}
+    assert len(errors) == 3 * len(Scheme)
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_close_as_its_roundings(results):
+    # Some 20 roundings of 2^-9 on the way from an input to a gradient, as in attention_gpu.py.
+    errors = {r["name"]: r["error"] for r in results["otherwise"] if "bfloat16" in r["name"]}
+    assert len(errors) == len(Scheme)
+    assert max(errors.values()) <= 20 * 2.0**-9, errors
+
+
+@pytest.mark.slow
+def test_nothing_of_a_transfer_is_kept_after_the_backward_pass(results):
+    assert {row["name"]: row["kept"] for row in results["kept"]} == dict.fromkeys(Scheme, 0)
+
+
+@pytest.mark.slow
+def test_the_comparison_finds_what_is_wrong_on_purpose(results):
+    assert len(results["spoiled"]) == 2 * len(Scheme) + 2
+    passed = [row["name"] for row in results["spoiled"] if row["error"] < 1e-2]
+    assert not passed
+
+
+@pytest.mark.parametrize("window", [None, 7, 2_000])
+@pytest.mark.parametrize("num_earlier", [0, 40])
+def test_a_bound_for_each_query_is_a_mask_however_many_there_are(window, num_earlier, generator):
+    num_queries = 1_030  # more than a block
+    q, k, v = (
+        torch.randn(length, 2, heads, 3, generator=generator, dtype=torch.float64)
+        for length, heads in ((num_queries, 2), *((num_queries + num_earlier, 1),) * 2)
+    )
+    queries = torch.arange(num_earlier, num_earlier + num_queries)
+    reach = torch.randint(0, 1_100, (num_queries, 2), generator=generator)
+    first_SB = queries[:, None] - reach  # for some queries below 0
+    distance = queries[:, None] - torch.arange(len(k))
+    hidden = (distance < 0) | (distance >= (window or len(k)))
+    hidden = hidden[None] | (distance[None] > reach.T[:, :, None])
+    scores = torch.einsum("qbnd,kbd->bnqk", q, k[:, :, 0]).masked_fill(hidden[:, None], -torch.inf)
+    expected = torch.einsum("bnqk,kbd->qbnd", scores.softmax(dim=-1), v[:, :, 0]).flatten(2)
+    ours = bounded_attention(q, k, v, first_SB=first_SB, window=window, scale=1.0)
+    # Values are below 5 and weights sum to 1; some 1,070 roundings of float64, 2^-53 each.
+    assert (ours - expected).abs().max() <= 5 * 1_070 * 2.0**-53
+
+
+def test_documents_begin_where_ids_change():
+    ids = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 1, 1, 1, 2, 2]]).T
+    expected = torch.tensor([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 4, 4]]).T
+    assert torch.equal(document_starts(ids, ContextGroup(None)), expected.to(torch.int32))
+
+
+def test_documents_begin_where_cumulative_lengths_say():
+    starts = starts_of_lengths(torch.tensor([0, 3, 5, 6]), 6)
+    assert starts.tolist() == [[0], [0], [0], [3], [3], [5]]
+    empty = starts_of_lengths(torch.tensor([0, 0, 2]), 2)
+    assert empty.tolist() == [[0], [0]]
+
+
+def test_next_tokens_of_masks_keep_their_type():
+    mask = torch.ones(4, 2, dtype=torch.float32)
+    shifted = next_tokens(mask, ContextGroup(None), shift=1, fill=0.0)
+    assert shifted.dtype is torch.float32
+    assert shifted[:, 0].tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("seq_len", "advice"), [(100, "use 96 or 104"), (5, "use 8")])
+def test_a_sequence_that_ranks_cannot_share_is_refused(seq_len, advice):
+    with pytest.raises(MegamoeError, match=f"{seq_len} tokens is not a multiple of cp 8; {advice}"):
+        shard_len(seq_len, 8)
+
+
+def test_a_scheme_that_cannot_do_a_layer_is_refused():
+    cp, parts = ContextGroup(None), (torch.zeros(4, 1, 7), torch.zeros(4, 1, 2))
+    layer = AttentionLayer(heads=latent(5), window=None, scale=1.0)
+    with pytest.raises(MegamoeError, match="this one has none; use heads, ring, gather"):
+        begin(cp, layer, Scheme.HALO, parts)
+
+
+@pytest.mark.parametrize(
+    ("heads", "cp", "possible"),
+    [
+        (latent(24), 8, True),
+        (latent(24), 32, False),
+        (grouped(64, 8), 8, True),
+        (grouped(64, 8), 32, True),  # four ranks share a key-value head
+        (grouped(64, 8), 128, False),
+        (grouped(24, 8), 3, False),
+        (grouped(24, 8), 12, False),
+    ],
+)
+def test_heads_are_shared_out_where_they_divide(heads, cp, possible):
+    layer = AttentionLayer(heads=heads, window=None, scale=1.0)
+    assert (Scheme.HEADS in schemes(layer, cp)) == possible
+
+
+def extent(seq_len: int, cp: int, rank: int) -> Extent:
+    return Extent(seq_len=seq_len, batch=1, cp=cp, rank=rank, dtype=torch.bfloat16)
+
+
+def test_the_bytes_of_a_whole_vaetki_100b_at_32k_are_below_three_quarters_of_a_gigabyte():
+    local = AttentionLayer(heads=VAETKI_100B, window=512, scale=1.0)
+    whole = AttentionLayer(heads=VAETKI_100B, window=None, scale=1.0)
+    for rank in range(8):
+        place = extent(32_768, 8, rank)
+        halo, heads = (
+            wire_bytes(local, Scheme.HALO, place),
+            wire_bytes(whole, Scheme.HEADS, place),
+        )
+        assert 40 * halo.forward + 8 * heads.forward <= 0.75e9
+        assert 40 * halo.backward + 8 * heads.backward <= 0.75e9
+    expanded = GroupedHeads(num_heads=24, num_kv_heads=24, key_dim=192, value_dim=128)
+    layer = AttentionLayer(heads=expanded, window=None, scale=1.0)
+    assert 48 * wire_bytes(layer, Scheme.GATHER, place).forward == pytest.approx(21.1e9, rel=0.01)
+    assert 48 * wire_bytes(layer, Scheme.HEADS, place).forward == pytest.approx(5.3e9, rel=0.01)
+
+
+def test_a_layer_with_a_window_is_cheapest_by_halo_and_one_without_by_heads():
+    local = AttentionLayer(heads=VAETKI_100B, window=512, scale=1.0)
+    whole = AttentionLayer(heads=VAETKI_100B, window=None, scale=1.0)
+    assert choose(local, extent(32_768, 8, 0), H200)[0].scheme is Scheme.HALO
+    costs = choose(whole, extent(32_768, 8, 0), H200)
+    assert costs[0].scheme is Scheme.HEADS
+    assert costs == choose(whole, extent(32_768, 8, 5), H200)
+    assert choose(whole, extent(131_072, 32, 0), H200)[0].scheme is Scheme.RING
+    said = explain(costs, costs[0].scheme)
+    assert said.startswith("heads ")
+    assert "fastest by estimate; else ring" in said
+    assert "as asked for" in explain(costs, Scheme.RING)
+
+
+@pytest.mark.slow
+def test_the_bytes_of_vaetki_100b_at_full_size_are_counted_on_the_collectives(tmp_path):
+    file = tmp_path / "counted.json"
+    options = ["--model", "vaetki_100b_a10b", "--steps", "0", "-o", str(file)]
+    command = [sys.executable, "-m", "benchmarks.context_parallel", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    row = next(r for r in rows if (r["scheme"], r["cp"]) == ("latent", 8))
+    assert row["forward_bytes_per_rank"] <= 0.75e9
+    place = extent(row["seq_len"], row["cp"], row["rank"])
+    forward = backward = 0
+    for part in row["layers"]:
+        layer = AttentionLayer(heads=VAETKI_100B, window=part["window"], scale=1.0)
+        wire = wire_bytes(layer, Scheme(part["scheme"]), place)
+        counted = part["forward_bytes_per_rank"], part["backward_bytes_per_rank"]
+        assert counted == (wire.forward, wire.backward)
+        forward += part["num_layers"] * wire.forward
+        backward += part["num_layers"] * wire.backward
+    assert (row["forward_bytes_per_rank"], row["backward_bytes_per_rank"]) == (forward, backward)
