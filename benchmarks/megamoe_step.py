@@ -71,7 +71,9 @@ def layer_counts(recipe: Recipe) -> list[int]:
 def make_plan(recipe: Recipe, num_layers: int, load: Load, device: torch.device) -> Plan:
     """Return a plan of the recipe's first stage on one device, in bfloat16, without data."""
     stage = recipe.stages[0]
-    ones = Layout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, micro_batch=load.micro_batch)
+    ones = Layout(
+        tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=load.micro_batch
+    )
     stage = replace(
         stage,
         tokens=MAX_STEPS * load.sequences * stage.seq_len,

@@ -22,6 +22,8 @@ class StepResult:
     seconds: float  # wall time of the step on this rank
     expert_load: tuple[float, ...]  # per MoE layer: busiest expert's tokens / mean tokens
     memory_bytes: int  # peak of this rank: device memory, or resident memory on CPU
+    # (kind of layer, bytes this rank received forward, backward) for context parallelism
+    cp_bytes: tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,7 @@ FOUNDATION = Stage(
         pp=8,
         vpp=2,
         cp=1,
+        cp_scheme="auto",
         ep=32,
         etp=1,
         micro_batch=1,

@@ -59,6 +59,7 @@ STAGE_1 = Stage(
         pp=1,
         vpp=1,
         cp=1,
+        cp_scheme="auto",
         ep=8,
         etp=1,
         micro_batch=1,

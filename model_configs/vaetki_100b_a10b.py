@@ -72,6 +72,7 @@ GENERAL = Stage(
         pp=8,
         vpp=1,
         cp=1,
+        cp_scheme="auto",
         ep=8,
         etp=1,
         micro_batch=1,

@@ -25,16 +25,18 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
-    roll_tensor,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megamoe.mcore.roll import roll_tensor
+
 # `__version__` is no help: 0.19.2 adds the commit of whatever repository the process stands in.
 MEGATRON_CORE: tuple[int, int] = VERSION[:2]
 HAS_HYBRID_MODEL = MEGATRON_CORE >= (0, 19)
+_PREDICTION = "megatron.core.transformer.multi_token_prediction"
 _DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"
 
 
@@ -59,9 +61,11 @@ def language_model(config: TransformerConfig, layers: Layers, **options: Any) ->
         layers: of this rank and chunk.
         options: what GPTModel and HybridModel both take.
     """
+    _replace_roll(importlib.import_module(_PREDICTION))
     if not HAS_HYBRID_MODEL:
         gpt = importlib.import_module("megatron.core.models.gpt.gpt_model")
         _replace_mtp_loss(gpt)
+        _replace_roll(gpt)
         is_last = options["post_process"]
         return gpt.GPTModel(
             config=config,
@@ -210,6 +214,10 @@ def _pattern(config: TransformerConfig) -> str:
     return "|".join(chunks) + "/E" * (config.mtp_num_layers or 0)
 
 
+def _replace_roll(module: Any) -> None:
+    module.roll_tensor = roll_tensor
+
+
 def _replace_mtp_loss(model: Any) -> None:
     """Weigh the losses of multi-token prediction as 0.16.1 does, in the module of a model.
 
@@ -239,11 +247,11 @@ def _process_mtp_loss(  # noqa: PLR0913 - Megatron-core's call
     hidden_states, *predictions = torch.chunk(hidden_states, 1 + config.mtp_num_layers, dim=0)
     if labels is None:
         return hidden_states
-    mask_BS = torch.ones_like(labels) if loss_mask is None else loss_mask
+    mask_BS: Tensor = torch.ones_like(labels) if loss_mask is None else loss_mask
     scale = config.mtp_loss_scaling_factor / config.mtp_num_layers
     for depth, prediction in enumerate(predictions):
         logits, _ = output_layer(prediction, weight=output_weight)
-        labels, _ = roll_tensor(labels, shifts=-1, dims=-1, cp_group=cp_group)
+        labels = roll_tensor(labels, shifts=-1, dims=-1, cp_group=cp_group)[0]
         mask_BS, num_tokens = roll_tensor(mask_BS, shifts=-1, dims=-1, cp_group=cp_group)
         losses_BS = mask_BS * compute_language_model_loss(labels, logits)
         if is_training:

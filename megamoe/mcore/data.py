@@ -1,6 +1,6 @@
 """Training and held-out text, read by Megatron-core's indexed and blended datasets.
 
-Shapes: B sequences of a micro-batch, S sequence.
+Shapes: B sequences of a micro-batch, S sequence, of which a rank has S / cp in a row.
 """
 
 import hashlib
@@ -18,9 +18,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from megamoe.errors import DataError
+from megamoe.mcore import groups
 from megamoe.plan.plan import Data, Plan, Segment, Shard
 
-Batch = dict[str, Tensor]  # tokens, labels, loss_mask, position_ids: [B, S]
+Batch = dict[str, Tensor]  # tokens, labels, loss_mask, position_ids: [B, S / cp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +164,13 @@ def check_shard(folder: Path, shard: Shard) -> None:
 def _batch(samples: list[dict[str, Tensor]]) -> Batch:
     names = ("tokens", "labels", "loss_mask", "position_ids")
     device = torch.cuda.current_device()
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    batch = {name: torch.stack([_own(sample[name]) for sample in samples]) for name in names}
     if torch.cuda.is_available():
         # From pageable memory a copy would wait for all work queued on the GPU.
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _own(whole_S: Tensor) -> Tensor:
+    """Return the part of a sequence that this rank has of those that share it (cp)."""
+    return groups.context("tokens").shard(whole_S)

@@ -7,14 +7,12 @@ Flash-MLA, no windows.
 Shapes: S new tokens, P these and the ones held before them, B batch, D hidden, N heads.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor
 
-from megamoe.mcore.compat import rotation_options
+from megamoe.mcore.projections import latent_queries, latent_rows, rotation
 from megamoe.nn.attention import continued_attention
 from megamoe.nn.cache import Cache, LayerCache, make_layer_cache
 from megamoe.recipe import MLA, Model
@@ -58,7 +56,7 @@ def attend_grouped(attention: Any, hidden_SBD: Tensor, cache: Cache) -> tuple[Te
     layer = _layer(attention, cache)
     q, k, v = attention.get_query_key_value_tensors(hidden_SBD)
     if attention.rotary is not None:
-        rotate = _rotation(attention, attention.rotary(len(hidden_SBD), offset=layer.num_tokens))
+        rotate = rotation(attention, attention.rotary(len(hidden_SBD), offset=layer.num_tokens))
         q, k = rotate(q), rotate(k)
     k_PBMD, v_PBMD = layer.extend(k, v)
     return _project(attention, q, k_PBMD, v_PBMD)
@@ -70,51 +68,21 @@ def attend_latent(attention: Any, hidden_SBD: Tensor, cache: Cache) -> tuple[Ten
     Keys and values are projected from the latents of all tokens that are held, anew in each step.
     """
     layer, config = _layer(attention, cache), attention.config
-    rotate = _rotation(
-        attention, attention.rotary_pos_emb(len(hidden_SBD), offset=layer.num_tokens)
-    )
-    queries = _heads(attention, _latent_queries(attention, hidden_SBD))
-    q_nope, q_rope = torch.split(queries, [config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
-    latent, k_rope = torch.split(
-        attention.linear_kv_down_proj(hidden_SBD)[0],
-        [config.kv_lora_rank, config.qk_pos_emb_head_dim],
-        dim=-1,
-    )
-    k_rope = rotate(k_rope[:, :, None])[:, :, 0]
-    latents, k_rope = layer.extend(attention.kv_layernorm(latent), k_rope)
-    keys_and_values = _heads(attention, attention.linear_kv_up_proj(latents)[0])
+    positions = attention.rotary_pos_emb(len(hidden_SBD), offset=layer.num_tokens)
+    rotate = rotation(attention, positions)
+    queries = latent_queries(attention, hidden_SBD, rotate)
+    latent, k_rope = latent_rows(attention, hidden_SBD)
+    latents, k_rope = layer.extend(latent, rotate(k_rope[:, :, None])[:, :, 0])
+    projected = attention.linear_kv_up_proj(latents)[0]
+    keys_and_values = projected.unflatten(-1, (attention.num_attention_heads_per_partition, -1))
     k_nope, v_PBNV = torch.split(keys_and_values, [config.qk_head_dim, config.v_head_dim], dim=-1)
     num_heads = k_nope.shape[2]
     k_PBND = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, num_heads, -1)), dim=-1)
-    return _project(attention, torch.cat((q_nope, rotate(q_rope)), dim=-1), k_PBND, v_PBNV)
+    return _project(attention, queries, k_PBND, v_PBNV)
 
 
 def _layer(attention: Any, cache: Cache) -> LayerCache:
     return cache.layers[attention.layer_number - 1]
-
-
-def _rotation(attention: Any, positions: Any) -> partial[Tensor]:
-    """Return what rotates queries and keys; with YaRN, positions come with a scale for MLA."""
-    angles, scale = positions if isinstance(positions, tuple) else (positions, 1.0)
-    return partial(
-        apply_rotary_pos_emb,
-        freqs=angles,
-        config=attention.config,
-        mscale=scale,
-        cp_group=attention.pg_collection.cp,
-        **rotation_options(attention.config),
-    )
-
-
-def _latent_queries(attention: Any, hidden_SBD: Tensor) -> Tensor:
-    if attention.config.q_lora_rank is None:
-        return attention.linear_q_proj(hidden_SBD)[0]
-    compressed = attention.q_layernorm(attention.linear_q_down_proj(hidden_SBD)[0])
-    return attention.linear_q_up_proj(compressed)[0]
-
-
-def _heads(attention: Any, x: Tensor) -> Tensor:
-    return x.view(*x.shape[:-1], attention.num_attention_heads_per_partition, -1)
 
 
 def _project(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megamoe.checkpoints import folder as files
 from megamoe.errors import CheckpointError, TrainingError
-from megamoe.mcore import checkpoint
+from megamoe.mcore import checkpoint, groups
 from megamoe.mcore.data import Batch, HeldoutText, TrainingText
 from megamoe.mcore.measure import Measures, measure
 from megamoe.mcore.model import build_model, unwrap
@@ -106,6 +106,7 @@ class Engine:
             seconds=time.perf_counter() - started,
             expert_load=measures.expert_load,
             memory_bytes=_memory_bytes(),
+            cp_bytes=groups.take_context_bytes(),
         )
 
     def evaluate(self) -> list[EvalResult]:
@@ -132,6 +133,7 @@ class Engine:
             )
         for chunk in self.chunks:
             chunk.train()
+        groups.take_context_bytes()  # steps are measured, not evaluations
         return results
 
     def save(self, *, wait: bool = False) -> Path:

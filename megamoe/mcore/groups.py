@@ -8,8 +8,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamoe.errors import LaunchError
+from megamoe.mcore.sharing import Sharing, sharing_of
+from megamoe.nn.context_group import ContextGroup
 from megamoe.plan.plan import Plan, Segment
 
+CONTEXTS = ("local", "global", "tokens")  # layers with a window, layers without, what is predicted
 _LONGEST_WRITE = timedelta(hours=2)  # ranks that have written wait for the slowest
 
 
@@ -43,6 +46,9 @@ def form(plan: Plan, segment: Segment) -> None:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
     )
+    group = parallel_state.get_context_parallel_group() if layout.cp > 1 else None
+    _SHARING[:] = [sharing_of(plan, segment)]
+    _CONTEXTS.update({kind: ContextGroup(group) for kind in CONTEXTS})
     _SAVING[:] = [torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WRITE)]
     settle(plan)
 
@@ -53,6 +59,28 @@ def saving() -> torch.distributed.ProcessGroup:
     A thread writes them while training goes on, so their collectives must not meet training's.
     """
     return _SAVING[0]
+
+
+def context(kind: str) -> ContextGroup:
+    """Return the ranks that share this rank's sequences; each of `CONTEXTS` counts bytes of its own."""
+    return _CONTEXTS[kind]
+
+
+def context_sharing() -> Sharing:
+    """Return what the segment's layers choose by how they share sequences."""
+    return _SHARING[0]
+
+
+def take_context_bytes() -> tuple[tuple[str, int, int], ...]:
+    """Return and forget the bytes received by each of `CONTEXTS`, forward and backward, if shared."""
+    taken = tuple(
+        (kind, cp.received.forward, cp.received.backward)
+        for kind, cp in _CONTEXTS.items()
+        if cp.size > 1
+    )
+    for cp in _CONTEXTS.values():
+        cp.received.forward = cp.received.backward = 0
+    return taken
 
 
 def settle(plan: Plan) -> None:
@@ -81,8 +109,12 @@ def sharding() -> dict[str, Any]:
 def stop() -> None:
     """Leave all groups."""
     _SAVING.clear()
+    _CONTEXTS.clear()
+    _SHARING.clear()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
+_CONTEXTS: dict[str, ContextGroup] = {}
+_SHARING: list[Sharing] = []
 _SAVING: list[torch.distributed.ProcessGroup] = []

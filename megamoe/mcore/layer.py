@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megamoe.mcore.compat import SpecifiedLatentAttention
+from megamoe.mcore.context import share_grouped, share_latent
 from megamoe.mcore.decode import attend_grouped, attend_latent
 from megamoe.nn.attention import causal_attention
 from megamoe.nn.cache import Cache
@@ -129,6 +130,8 @@ class LatentAttention(SpecifiedLatentAttention):
         """Attend as Megatron-core does; with a cache, to what it holds, too."""
         if inference_context is not None:
             return attend_latent(self, hidden_states, inference_context)
+        if self.pg_collection.cp.size() > 1:
+            return share_latent(self, hidden_states)
         return super().forward(hidden_states, attention_mask, **options)
 
 
@@ -153,6 +156,8 @@ class GroupedAttention(SelfAttention):
         """Rotate queries and keys by the layer's own positions; with a cache, go on after it."""
         if inference_context is not None:
             return attend_grouped(self, hidden_states, inference_context)
+        if self.pg_collection.cp.size() > 1:
+            return share_grouped(self, hidden_states)
         if self.rotary is not None:
             seq_len = self.rotary.get_rotary_seq_len(
                 None, None, hidden_states, self.config, options.get("packed_seq_params")

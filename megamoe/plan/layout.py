@@ -73,6 +73,7 @@ def _check_model(place: str, model: Model, stage: Stage) -> None:
                 f"{place}: model.{name} {size:,} is not a multiple of {axis} {ways}; "
                 f"use {axis} {_largest_divisor(size, ways)}"
             )
+    _check_shared_heads(place, model, stage.layout)
     if isinstance(model.attention, GQA):
         kv_heads = model.attention.num_kv_heads
         if kv_heads % tp and tp % kv_heads:
@@ -82,12 +83,32 @@ def _check_model(place: str, model: Model, stage: Stage) -> None:
             )
 
 
+def _check_shared_heads(place: str, model: Model, layout: Layout) -> None:
+    """With cp_scheme "heads", ranks of cp have the same number of whole heads, with their keys."""
+    if layout.cp_scheme != "heads" or layout.cp == 1:
+        return
+    attention, cp = model.attention, layout.cp
+    heads = attention.num_heads // layout.tp
+    if heads % cp:
+        raise PlanError(
+            f"{place}: cp_scheme 'heads' deals {heads} heads of a rank to cp {cp}, which does not "
+            f"divide them; use cp {_largest_divisor(heads, cp)}, or cp_scheme 'ring'"
+        )
+    if isinstance(attention, GQA):
+        kv_heads = max(1, attention.num_kv_heads // layout.tp)
+        if kv_heads % cp and cp % kv_heads:
+            raise PlanError(
+                f"{place}: cp_scheme 'heads' deals {kv_heads} key-value heads of a rank to cp {cp}, "
+                f"which is neither a multiple nor a divisor; use cp {_largest_divisor(kv_heads, cp)}, "
+                "or cp_scheme 'ring'"
+            )
+
+
 def _check_sequence(place: str, stage: Stage) -> None:
     tp, cp = stage.layout.tp, stage.layout.cp
-    # sequence parallel splits a rank's tokens by tp; under cp a rank holds an early and a late chunk
-    unit = math.lcm(tp * cp, 2 * cp) if cp > 1 else tp
+    unit = tp * cp  # a rank of cp has a row of tokens, which sequence parallel splits by tp
     if stage.seq_len % unit:
-        both = f"cp {cp} x tp {tp} and of 2 x cp {cp}: {unit}" if cp > 1 else f"tp {tp}"
+        both = f"cp {cp} x tp {tp} = {unit}" if cp > 1 else f"tp {tp}"
         raise PlanError(
             f"{place}: seq_len {stage.seq_len:,} is not a multiple of {both}; "
             f"use {_multiples(stage.seq_len, unit)} tokens"

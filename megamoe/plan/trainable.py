@@ -55,8 +55,3 @@ def _segment_problems(segment: Segment) -> Iterator[str]:
             f"{segment.stage}.precision {name} has no engine yet; "
             f"give --set '{segment.stage}.precision=Bf16()'"
         )
-    if segment.layout.cp > 1:
-        yield (
-            f"{segment.stage}.layout.cp {segment.layout.cp} has no engine yet; "
-            f"give --set {segment.stage}.layout.cp=1"
-        )

@@ -1,6 +1,7 @@
 """How a stage is spread over ranks. Data parallelism takes the ranks that are left."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megamoe.recipe.check import Checked, FieldError, PositiveInt
 
@@ -11,13 +12,16 @@ class Layout(Checked):
 
     `ep` and `etp` (expert and expert-tensor parallel) fold over tp x cp x dp; `vpp` is the number
     of model chunks per pipeline rank (interleaved schedule). With tp > 1 activations between
-    layers are sequence parallel.
+    layers are sequence parallel. `cp` ranks share each sequence, each with a row of its tokens:
+    layers with a window exchange the window's edge; the others do what `cp_scheme` says
+    (megamoe/nn/context_parallel.py), "auto" what costs least by estimate.
     """
 
     tp: PositiveInt
     pp: PositiveInt
     vpp: PositiveInt
     cp: PositiveInt
+    cp_scheme: Literal["auto", "heads", "ring", "gather"]
     ep: PositiveInt
     etp: PositiveInt
     micro_batch: PositiveInt  # sequences per rank and micro-batch

@@ -255,7 +255,7 @@ def _layout(seq_len: int, batch_divisor: int) -> Layout:
         and batch_divisor % (2 * micro_batch * MIN_MICRO_BATCHES) == 0
     ):
         micro_batch *= 2
-    return Layout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, micro_batch=micro_batch)
+    return Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=micro_batch)
 
 
 def _multiple(value: float, of: int) -> int:

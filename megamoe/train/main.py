@@ -7,6 +7,7 @@ torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 import argparse
 import gc
 import os
+import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
 
     cpu.enable()
     from megamoe.mcore.engine import Engine
+    from megamoe.mcore.sharing import describe
     from megamoe.train.hooks import make_hooks, open_recorders, recording_from_args
     from megamoe.train.loop import train
 
@@ -63,6 +65,8 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
         gc.freeze()  # all that lives as long as this process: a save collects garbage twice
         is_first = int(os.environ["RANK"]) == 0
         recording = recording_from_args(args)
+        if is_first:
+            sys.stdout.writelines(f"{line}\n" for line in describe(plan, segment))
         with ExitStack() as stack:
             stack.enter_context(closing(engine))
             recorders = (

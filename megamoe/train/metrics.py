@@ -26,6 +26,9 @@ UNITS = {
     "loss_nats_per_token": "nats per token; of held-out text where kind is 'eval'",
     "mtp_loss_nats_per_token": "nats per token, unweighted; absent without multi-token prediction",
     "aux_loss.<name>": "coefficient times loss, mean over layers",
+    "cp_bytes.<kind>.forward": "bytes rank 0 received from ranks that share its sequences, for layers of "
+    "a kind (local, global) or for tokens; absent with cp 1",
+    "cp_bytes.<kind>.backward": "the same, in the backward pass",
     "grad_norm": "global L2 norm before clipping",
     "lr": "learning rate of the step",
     "step_sequences": "sequences of the step, over all ranks",
@@ -67,6 +70,9 @@ def step_record(result: StepResult, plan: Plan, segment: Segment) -> Record:
     if result.mtp_loss is not None:
         record["mtp_loss_nats_per_token"] = _number(result.mtp_loss)
     record |= {f"aux_loss.{name}": _number(value) for name, value in result.aux_losses}
+    for kind, forward, backward in result.cp_bytes:
+        record[f"cp_bytes.{kind}.forward"] = forward
+        record[f"cp_bytes.{kind}.backward"] = backward
     if plan.cluster.device == "cuda":
         flops_per_s = tokens_per_s * train_flops_per_token(plan, segment) / segment.world_size
         record["tflops_per_s_per_gpu"] = flops_per_s / 1e12

@@ -14,6 +14,7 @@ import warnings
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 with warnings.catch_warnings():
     # Importing Megatron-Core 0.16.1 makes torch warn about parts of its own.
@@ -41,7 +42,7 @@ DUAL = replace(
 MODELS = {"latent": tiny.LATENT, "grouped": tiny.GROUPED, "softmax": tiny.SOFTMAX, "dual": DUAL}
 ONE = "one"
 # Number of processes, data-parallel ranks, and what differs from one process.
-LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     ONE: (1, 1, {}),
     "dp2": (2, 2, {}),
     "ep2": (2, 2, {"ep": 2}),
@@ -50,6 +51,15 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, int]]] = {
     "tp2 ep2": (2, 1, {"tp": 2, "ep": 2}),
     "pp2": (2, 1, {"pp": 2}),
     "pp2 vpp2": (2, 1, {"pp": 2, "vpp": 2}),
+    "cp2": (2, 1, {"cp": 2}),
+    "cp2 heads": (2, 1, {"cp": 2, "cp_scheme": "heads"}),
+    "cp2 ring": (2, 1, {"cp": 2, "cp_scheme": "ring"}),
+    "cp4 gather": (4, 1, {"cp": 4, "cp_scheme": "gather"}),
+    "cp2 ep2": (2, 1, {"cp": 2, "ep": 2}),
+    "tp2 cp2": (4, 1, {"tp": 2, "cp": 2}),
+    "pp2 cp2": (4, 1, {"pp": 2, "cp": 2}),
+    "tp2 cp2 ep2": (4, 1, {"tp": 2, "cp": 2, "ep": 2}),
+    "dp2 cp2": (4, 2, {"cp": 2}),
     "dp4 ep2": (4, 4, {"ep": 2}),
     "dp2 tp2 ep2": (4, 2, {"tp": 2, "ep": 2}),
     "dp2 pp2 ep2": (4, 2, {"pp": 2, "ep": 2}),

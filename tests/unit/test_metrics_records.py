@@ -41,6 +41,7 @@ def result(step, **changes):
         "seconds": 0.5,
         "expert_load": (1.5, 1.25),
         "memory_bytes": 2**30,
+        "cp_bytes": (),
     }
     return StepResult(**(values | changes))
 
@@ -70,6 +71,18 @@ def saved(step, **changes):
         "error": None,
     }
     return SaveResult(**(values | changes))
+
+
+def test_bytes_of_context_parallelism_are_told_by_kind_of_layer():
+    shared = (("local", 100, 200), ("global", 3_000, 4_000))
+    record = step_record(result(1, cp_bytes=shared), PLAN, SEGMENT)
+    assert {key: value for key, value in record.items() if key.startswith("cp_bytes")} == {
+        "cp_bytes.local.forward": 100,
+        "cp_bytes.local.backward": 200,
+        "cp_bytes.global.forward": 3_000,
+        "cp_bytes.global.backward": 4_000,
+    }
+    assert not any(key.startswith("cp_bytes") for key in step_record(result(1), PLAN, SEGMENT))
 
 
 def open_file(folder, steps_done=0):
@@ -140,8 +153,12 @@ def test_every_field_has_a_unit(tmp_path):
     open_file(tmp_path).close()
     units = json.loads((tmp_path / "metrics.units.json").read_text())
     assert units == UNITS
-    step = step_record(result(1, mtp_loss=1.0), replace(PLAN, cluster=GPUS), SEGMENT)
-    names = {name.replace("aux_loss.aux", "aux_loss.<name>") for name in step}
+    shared = result(1, mtp_loss=1.0, cp_bytes=(("local", 1, 2),))
+    step = step_record(shared, replace(PLAN, cluster=GPUS), SEGMENT)
+    names = {
+        name.replace("aux_loss.aux", "aux_loss.<name>").replace("cp_bytes.local", "cp_bytes.<kind>")
+        for name in step
+    }
     others = eval_record(measured(1)).keys() | save_record(saved(1, error="no room")).keys()
     assert names | others == units.keys()
 

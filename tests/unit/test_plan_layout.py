@@ -10,7 +10,7 @@ from megamoe.plan.layout import last_rank_layers, layout_text
 from megamoe.recipe import GQA, Fp8Block, Fp8Delayed, Layout
 from tests.unit.test_plan_build import CPU, GENERAL, RECIPE
 
-ONES = Layout(tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1, micro_batch=1)
+ONES = Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=1)
 
 
 def plan(cluster=CPU, world_size=2, model=RECIPE.model, layout=ONES, **stage_values):
@@ -105,15 +105,29 @@ def test_key_value_heads_are_split_or_repeated_evenly():
         (
             replace(ONES, cp=4),
             63,
-            "is not a multiple of cp 4 x tp 1 and of 2 x cp 4: 8; use 56 or 64",
+            "is not a multiple of cp 4 x tp 1 = 4; use 60 or 64",
         ),
-        (replace(ONES, cp=4, tp=4), 24, "cp 4 x tp 4 and of 2 x cp 4: 16; use 16 or 32 tokens"),
+        (replace(ONES, cp=4, tp=4), 24, "cp 4 x tp 4 = 16; use 16 or 32 tokens"),
     ],
 )
 def test_sequences_that_cannot_be_split(layout, seq_len, message):
     with pytest.raises(PlanError) as caught:
         plan(world_size=16, layout=layout, seq_len=seq_len)
     assert message in str(caught.value)
+
+
+def test_heads_that_ranks_of_cp_cannot_share():
+    layout = replace(ONES, cp=4, cp_scheme="heads")
+    grouped = GQA(num_heads=12, num_kv_heads=3, head_dim=16, qk_norm=False)
+    model = replace(RECIPE.model, attention=grouped)
+    with pytest.raises(PlanError, match="3 key-value heads of a rank to cp 4, which is neither"):
+        plan(world_size=4, model=model, layout=layout, seq_len=64)
+    model = replace(RECIPE.model, attention=replace(grouped, num_heads=6))
+    with pytest.raises(
+        PlanError, match=r"6 heads of a rank to cp 4, .* use cp 3, or cp_scheme 'ring'"
+    ):
+        plan(world_size=4, model=model, layout=layout, seq_len=64)
+    assert plan(world_size=4, model=model, layout=replace(layout, cp_scheme="ring"), seq_len=64)
 
 
 def test_every_batch_of_the_ramp_must_be_whole_micro_batches():

@@ -51,6 +51,7 @@ def step_result(segment, step, noise):
         seconds=0.25,
         expert_load=(1.2 + 2 * math.exp(-seen / 20_000), 1.1),
         memory_bytes=3 * 2**30,
+        cp_bytes=(),
     )
 
 

@@ -1,0 +1,61 @@
+"""Attention of a sequence that ranks share (cp): megamoe/nn/context_parallel.py in Megatron-core's layers.
+
+Rank r has tokens r * L up to (r + 1) * L, in a row. Megatron-core deals an early and a late chunk to
+each rank instead, in its rotary positions and its shift of tokens for multi-token prediction
+(megamoe/mcore/roll.py); both are replaced.
+
+Shapes: L tokens of this rank, B batch, D hidden.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from megamoe.mcore import groups
+from megamoe.mcore.projections import latent_queries, latent_rows, rotation
+from megamoe.mcore.sharing import scheme_of
+from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
+from megamoe.nn.context_parallel import begin, finish
+
+
+def share_latent(attention: Any, hidden_LBD: Tensor) -> tuple[Tensor, None]:
+    """Return the output of a LatentAttention; latents and positional keys are sent, not keys and values."""
+    config, core = attention.config, attention.core_attention
+    heads = LatentHeads(
+        num_heads=attention.num_attention_heads_per_partition,
+        latent_dim=config.kv_lora_rank,
+        nope_dim=config.qk_head_dim,
+        rope_dim=config.qk_pos_emb_head_dim,
+        value_dim=config.v_head_dim,
+    )
+    layer = AttentionLayer(heads=heads, window=core.window, scale=core.scale)
+    cp = groups.context("global" if core.window is None else "local")
+    latent, k_rope = latent_rows(attention, hidden_LBD)
+    rotate = rotation(attention, _positions(attention.rotary_pos_emb, len(latent), cp.rank))
+    k_rope = rotate(k_rope[:, :, None])[:, :, 0]
+    begun = begin(cp, layer, scheme_of(layer, groups.context_sharing()), (latent, k_rope))
+    queries = latent_queries(attention, hidden_LBD, rotate)  # while latents are on their way
+    mixed = finish(begun, queries, attention.linear_kv_up_proj.weight)
+    return attention.linear_proj(mixed)
+
+
+def share_grouped(attention: Any, hidden_LBD: Tensor) -> tuple[Tensor, None]:
+    """Return the output of a GroupedAttention; keys and values are sent."""
+    core = attention.core_attention
+    q, k, v = attention.get_query_key_value_tensors(hidden_LBD)
+    heads = GroupedHeads(
+        num_heads=q.shape[2], num_kv_heads=k.shape[2], key_dim=k.shape[3], value_dim=v.shape[3]
+    )
+    layer = AttentionLayer(heads=heads, window=core.window, scale=core.scale)
+    cp = groups.context("global" if core.window is None else "local")
+    if attention.rotary is not None:
+        rotate = rotation(attention, _positions(attention.rotary, len(q), cp.rank))
+        q, k = rotate(q), rotate(k)
+    return attention.linear_proj(
+        finish(begin(cp, layer, scheme_of(layer, groups.context_sharing()), (k, v)), q)
+    )
+
+
+def _positions(embedding: Any, length: int, rank: int) -> Any:
+    # Asked for a packed sequence it gives the positions as they are, not two chunks of them.
+    return embedding(length, offset=rank * length, packed_seq=True)

@@ -1,0 +1,56 @@
+"""Queries, keys and latents of an attention, apart from what attends: for a cache, and for a shared sequence.
+
+Shapes: S tokens of this rank, B batch, D hidden, N heads of this rank, R latent, E rotary.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megamoe.mcore.compat import rotation_options
+
+
+def rotation(attention: Any, positions: Any) -> partial[Tensor]:
+    """Return what rotates queries and keys; with YaRN, positions come with a scale for MLA."""
+    angles, scale = positions if isinstance(positions, tuple) else (positions, 1.0)
+    return partial(
+        apply_rotary_pos_emb,
+        freqs=angles,
+        config=attention.config,
+        mscale=scale,
+        cp_group=attention.pg_collection.cp,
+        **rotation_options(attention.config),
+    )
+
+
+def latent_rows(attention: Any, hidden_SBD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return normed latents [S, B, R] and positional keys [S, B, E], not rotated yet.
+
+    Under sequence parallelism hidden states are of a part of the tokens, and these of all.
+    """
+    config = attention.config
+    sizes = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
+    latent, k_rope = torch.split(attention.linear_kv_down_proj(hidden_SBD)[0], sizes, dim=-1)
+    latent = attention.kv_layernorm(latent)
+    if config.sequence_parallel:
+        rows = torch.cat((latent, k_rope), dim=-1)
+        rows = gather_from_sequence_parallel_region(rows, group=attention.pg_collection.tp)
+        latent, k_rope = torch.split(rows, sizes, dim=-1)
+    return latent, k_rope
+
+
+def latent_queries(attention: Any, hidden_SBD: Tensor, rotate: partial[Tensor]) -> Tensor:
+    """Return rotated queries of MLA, [S, B, N, D]."""
+    config = attention.config
+    if config.q_lora_rank is None:
+        projected = attention.linear_q_proj(hidden_SBD)[0]
+    else:
+        compressed = attention.q_layernorm(attention.linear_q_down_proj(hidden_SBD)[0])
+        projected = attention.linear_q_up_proj(compressed)[0]
+    queries = projected.unflatten(-1, (attention.num_attention_heads_per_partition, -1))
+    q_nope, q_rope = torch.split(queries, [config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
+    return torch.cat((q_nope, rotate(q_rope)), dim=-1)
