@@ -20,7 +20,7 @@ from torch import distributed as dist
 from megamoe.nn import context_parallel as parallel
 from megamoe.nn.context_cost import Extent, wire_bytes
 from megamoe.nn.context_group import ContextGroup, Posted
-from megamoe.nn.context_parallel import Scheme
+from megamoe.nn.context_parallel import Scheme, finish
 from megamoe.nn.context_tokens import document_starts, next_tokens
 from megamoe.nn.context_transfers import Halo
 from tests.numerics.context_cases import (
@@ -31,8 +31,10 @@ from tests.numerics.context_cases import (
     error,
     grouped,
     latent,
+    local_values,
     shared,
     shared_again,
+    start,
     two_at_once,
 )
 
@@ -210,6 +212,31 @@ def count_kept(cp: ContextGroup) -> list[dict[str, object]]:
     return rows
 
 
+def backward_order(cp: ContextGroup) -> list[str]:
+    """Return what a backward pass with a halo does, in its order."""
+    events, post, arrive = [], Halo.post_transposed, Posted.arrive
+
+    def posted(self: Halo, cp: ContextGroup, grad: torch.Tensor) -> object:
+        events.append("gradients of the halo sent")
+        return post(self, cp, grad)
+
+    def arrived(self: Posted) -> torch.Tensor:
+        events.append("waited")
+        return arrive(self)
+
+    case = Case(24, latent(24), 5, "whole", "halo")
+    values = local_values(case, cp, torch.float64)
+    begun, q = start(case, cp, values, Spoiled())
+    output = finish(begun, q, values["w_up"])
+    values["w_q"].register_hook(lambda _: events.append("query path"))
+    Halo.post_transposed, Posted.arrive = posted, arrived
+    try:
+        output.sum().backward()
+    finally:
+        Halo.post_transposed, Posted.arrive = post, arrive
+    return events
+
+
 def shorter(hops: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [(distance, rows - 1) for distance, rows in hops]
 
@@ -220,7 +247,7 @@ def run(rank: int, file: Path) -> None:
     store = dist.FileStore(f"{file}.store", WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=TIMEOUT)
     groups = {size: dist.new_group(list(range(size))) for size in SIZES}
-    results: dict[str, list[dict[str, object]]] = {"attention": [], "tokens": [], "spoiled": []}
+    results: dict[str, list[object]] = {"attention": [], "tokens": [], "spoiled": []}
     for size in SIZES:
         if rank < size:
             cp = ContextGroup(groups[size] if size > 1 else None)
@@ -229,6 +256,7 @@ def run(rank: int, file: Path) -> None:
             if size == 4:
                 results["otherwise"] = compare_otherwise(cp)
                 results["kept"] = count_kept(cp)
+                results["order"] = backward_order(cp)
                 results["spoiled"] += compare_spoiled(cp)
     dist.barrier()
     if rank == 0:

@@ -82,6 +82,11 @@ def test_nothing_of_a_transfer_is_kept_after_the_backward_pass(results):
 
 
 @pytest.mark.slow
+def test_the_query_path_hides_the_gradients_of_a_halo(results):
+    assert results["order"] == ["gradients of the halo sent", "query path", "waited"]
+
+
+@pytest.mark.slow
 def test_the_comparison_finds_what_is_wrong_on_purpose(results):
     assert len(results["spoiled"]) == 2 * len(Scheme) + 2
     passed = [row["name"] for row in results["spoiled"] if row["error"] < 1e-2]
