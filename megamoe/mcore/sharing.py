@@ -60,7 +60,7 @@ def describe(plan: Plan, segment: Segment) -> list[str]:
     lines = []
     for kind, letter in (("with a window", "L"), ("without", "G")):
         if letter in model.window_pattern or (letter == "G" and model.mtp is not None):
-            layer = _layer(model, segment.layout.tp, has_window=letter == "L")
+            layer = attention_layer(model, segment.layout.tp, has_window=letter == "L")
             chosen = scheme_of(layer, sharing)
             lines.append(
                 f"{segment.stage}: cp {segment.layout.cp}, layers {kind}: "
@@ -73,7 +73,7 @@ def _costs(layer: AttentionLayer, sharing: Sharing) -> tuple[Cost, ...]:
     return choose(layer, sharing.extent, sharing.machine)
 
 
-def _layer(model: Model, tp: int, *, has_window: bool) -> AttentionLayer:
+def attention_layer(model: Model, tp: int, *, has_window: bool) -> AttentionLayer:
     """Return a layer as one rank of tp has it."""
     attention = model.attention
     heads: LatentHeads | GroupedHeads

@@ -51,27 +51,26 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tp2 ep2": (2, 1, {"tp": 2, "ep": 2}),
     "pp2": (2, 1, {"pp": 2}),
     "pp2 vpp2": (2, 1, {"pp": 2, "vpp": 2}),
-    "cp2": (2, 1, {"cp": 2}),
     "cp2 heads": (2, 1, {"cp": 2, "cp_scheme": "heads"}),
     "cp2 ring": (2, 1, {"cp": 2, "cp_scheme": "ring"}),
     "cp4 gather": (4, 1, {"cp": 4, "cp_scheme": "gather"}),
-    "cp2 ep2": (2, 1, {"cp": 2, "ep": 2}),
-    "tp2 cp2": (4, 1, {"tp": 2, "cp": 2}),
     "pp2 cp2": (4, 1, {"pp": 2, "cp": 2}),
     "tp2 cp2 ep2": (4, 1, {"tp": 2, "cp": 2, "ep": 2}),
-    "dp2 cp2": (4, 2, {"cp": 2}),
+    "dp2 cp2 ep4": (4, 2, {"cp": 2, "ep": 4}),
     "dp4 ep2": (4, 4, {"ep": 2}),
     "dp2 tp2 ep2": (4, 2, {"tp": 2, "ep": 2}),
     "dp2 pp2 ep2": (4, 2, {"pp": 2, "ep": 2}),
 }
 ONCE = {"tp2 etp2", "dp2 tp2 ep2"}  # only the experts differ, which are the same in all models
-OF_DUAL = {ONE, "tp2", "pp2"}  # what YaRN and an uneven pipeline may change
-CASES = [
-    (m, name)
-    for m in MODELS
-    for name in LAYOUTS
-    if (name in OF_DUAL if m == "dual" else m == "latent" or name not in ONCE)
-]
+OF_DUAL = {ONE, "tp2", "pp2", "cp2 ring"}  # what YaRN and an uneven pipeline may change
+# Of softmax routing, which shares its attention with "grouped", the ways of cp are left out but one.
+_LAYOUTS_OF = {
+    "latent": LAYOUTS.keys(),
+    "grouped": LAYOUTS.keys() - ONCE,
+    "softmax": LAYOUTS.keys() - ONCE - {"cp2 ring", "cp4 gather", "pp2 cp2", "dp2 cp2 ep4"},
+    "dual": OF_DUAL,
+}
+CASES = [(m, name) for m in MODELS for name in LAYOUTS if name in _LAYOUTS_OF[m]]
 
 
 def plan_of(folder: Path, model: str, layout: str) -> Plan:

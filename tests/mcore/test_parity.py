@@ -14,7 +14,11 @@ from torch import Tensor
 from megamoe.checkpoints import folder as files
 from megamoe.mcore import checkpoint
 from megamoe.mcore.engine import Engine
-from tests.mcore.layouts import CASES, ONE, plan_of, run_dir_of
+from megamoe.mcore.sharing import attention_layer, scheme_of, sharing_of
+from megamoe.nn.context_cost import wire_bytes
+from megamoe.nn.context_heads import AttentionLayer
+from megamoe.recipe import Layout
+from tests.mcore.layouts import CASES, MODELS, ONE, plan_of, run_dir_of
 from tests.mcore.world import adam_states, world_of_one
 
 REPOSITORY = Path(__file__).parents[2]
@@ -148,3 +152,38 @@ def test_data_parallelism_and_a_plain_pipeline_change_no_bit(states, model, layo
         if not torch.equal(value, ours.adam[name][key])
     ]
     assert differing == []
+
+
+def layers_of_first_rank(model: str, layout: Layout) -> dict[str, list[AttentionLayer]]:
+    """Return the attentions of rank 0, by kind; multi-token prediction is on the last rank of pp."""
+    whole = MODELS[model]
+    kinds = ["LG"[not whole.is_local(i)] for i in range(-(-whole.num_layers // layout.pp))]
+    if whole.mtp is not None and layout.pp == 1:
+        kinds += "G" * whole.mtp.num_layers
+    local, all_seen = (
+        attention_layer(whole, layout.tp, has_window=has_window) for has_window in (True, False)
+    )
+    return {"local": [local] * kinds.count("L"), "global": [all_seen] * kinds.count("G")}
+
+
+# Shards of 8 tokens and, with cp 4, of 4: both hold the 4 rows before them that a window of 5 sees.
+@pytest.mark.parametrize(
+    ("model", "layout"), [(model, layout) for model, layout in OTHERS if "cp" in layout]
+)
+def test_bytes_on_the_wire_are_those_of_the_formula(folder, model, layout):
+    """Rank 0 receives no halo forward, which comes from the ranks before, and one backward."""
+    segment = plan_of(folder, model, layout).segments[0]
+    layers = layers_of_first_rank(model, segment.layout)
+    sharing = sharing_of(plan_of(folder, model, layout), segment)
+    num_micro_batches = 8 // (segment.dp * segment.layout.micro_batch)
+    for step in results_of(folder, model, layout):
+        received = {kind: (forward, backward) for kind, forward, backward in step["cp_bytes"]}
+        for kind, members in layers.items():
+            wires = [
+                wire_bytes(layer, scheme_of(layer, sharing), sharing.extent) for layer in members
+            ]
+            expected = tuple(
+                num_micro_batches * sum(getattr(wire, direction) for wire in wires)
+                for direction in ("forward", "backward")
+            )
+            assert received[kind] == expected, kind
