@@ -23,7 +23,7 @@ RUN := runs/tiny
 CODE := megamoe launch model_configs data_prep kernels benchmarks tests
 TOKENIZE := $(BIN)/megamoe data tokenize --tokenizer data/tokenizer -o $(SAMPLE).partial --heldout 0.03 --fim
 
-.PHONY: help setup train data test test-latest test-gpu gpu-check bench-overhead check lint types imports format plans clean
+.PHONY: help setup train data test test-latest test-gpu parity gpu-check bench-overhead check lint types imports format plans clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ test-latest: $(LATEST)/installed ## the test suite on Python 3.12 and the newest
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+parity: $(READY) ## compare every recipe in 14 layouts with one process, tensor by tensor, in minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity $(ARGS)
 
 gpu-check: $(READY) ## measure training steps on a GPU; without: ARGS='--device cpu --scale tiny'
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

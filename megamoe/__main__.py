@@ -60,6 +60,11 @@ COMMANDS = (
         help="measure a trained model on files of text",
         module="megamoe.generate.eval_cli",
     ),
+    Command(
+        name="parity",
+        help="compare layouts with one process, number by number",
+        module="megamoe.parity.cli",
+    ),
     Command(name="report", help="report on a run", module="megamoe.report.cli"),
     Command(name="doctor", help="say what this machine can do", module="megamoe.doctor.cli"),
 )

@@ -1,0 +1,82 @@
+"""Layouts as words: 'dp2xpp2xep2' is a rank grid, and the number of processes it takes."""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from typing import get_args
+
+from megamoe.errors import PlanError
+from megamoe.recipe.check import nearest
+from megamoe.recipe.layout import Layout
+
+# What `megamoe parity` compares where no layouts are named: every axis, and what meets in pairs.
+DEFAULT = "dp2,tp2,pp2,pp2xvpp2,ep4,cp2,cp4,tp2xpp2,ep2xpp2,cp2xep2,tp2xcp2xep2,dp2xpp2xep2,tp2xpp2xcp2xep2"
+_AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
+_SCHEMES = next(get_args(item.type) for item in fields(Layout) if item.name == "cp_scheme")
+_WORD = re.compile(r"([a-z]+)([1-9][0-9]*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A layout, what it is called, and the processes it is run on."""
+
+    name: str
+    layout: Layout
+    world_size: int
+
+
+def parse_layouts(text: str, micro_batch: int) -> tuple[Grid, ...]:
+    """Return the layouts of a list such as 'tp2,cp2xring,dp2xpp2xep2'.
+
+    An axis that is not named is 1. dp is what is named, or the least that fills the grids of both
+    the dense layers and the experts; so 'ep4' takes four processes.
+
+    Raises:
+        PlanError: a word is no axis with a size, or is there twice.
+        FieldError: the axes contradict each other.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise PlanError(f"--layouts: {doubled[0]!r} is there twice; give it once")
+    return tuple(_parse(name, micro_batch) for name in names)
+
+
+def one_process(micro_batch: int) -> Grid:
+    """Return the layout that the others are compared with."""
+    return Grid(name="one", layout=_layout({}, "auto", micro_batch), world_size=1)
+
+
+def _parse(name: str, micro_batch: int) -> Grid:
+    sizes: dict[str, int] = {}
+    scheme = "auto"
+    for word in name.split("x"):
+        if word in _SCHEMES:
+            scheme = word
+            continue
+        match = _WORD.fullmatch(word)
+        if match is None or match[1] not in _AXES:
+            axis = match[1] if match else word
+            raise PlanError(
+                f"--layouts: {word!r} in {name!r} is no axis with a size, such as tp2"
+                + nearest(axis, [*_AXES, *_SCHEMES])
+            )
+        if match[1] in sizes:
+            raise PlanError(f"--layouts: {name!r} has {match[1]} twice; give it once")
+        sizes[match[1]] = int(match[2])
+    layout = _layout(sizes, scheme, micro_batch)
+    dense = layout.tp * layout.pp * layout.cp
+    least = math.lcm(dense, layout.etp * layout.ep * layout.pp) // dense
+    return Grid(name=name, layout=layout, world_size=dense * sizes.get("dp", least))
+
+
+def _layout(sizes: dict[str, int], scheme: str, micro_batch: int) -> Layout:
+    return Layout(
+        tp=sizes.get("tp", 1),
+        pp=sizes.get("pp", 1),
+        vpp=sizes.get("vpp", 1),
+        cp=sizes.get("cp", 1),
+        cp_scheme=scheme,  # type: ignore[arg-type]  # one of _SCHEMES
+        ep=sizes.get("ep", 1),
+        etp=sizes.get("etp", 1),
+        micro_batch=micro_batch,
+    )

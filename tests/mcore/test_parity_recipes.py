@@ -1,0 +1,127 @@
+"""Every recipe is the same model in every layout, by `megamoe parity`: the command, as a user gives it.
+
+A few layouts of each recipe in `make test`; all of them in `make parity`.
+"""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megamoe.parity.layouts import DEFAULT
+from megamoe.recipe.load import load_recipe, recipe_names
+
+REPOSITORY = Path(__file__).parents[2]
+FIVE = "tp2xpp2xcp2xep2xdp2"  # all axes above one, on 16 processes
+
+# Layouts differ in the order of float32 sums: heads and MLP rows over tp, experts and layers over
+# the others; sums over tokens are float64. On the longest way from a token to its loss and back are
+# some 3 * 1,800 additions (`roundings` in test_model.py). Their roundings, 2^-24 each, are a random
+# walk: within 4 standard deviations, 4 * sqrt(3 * 1800) * 2^-24 = 2e-5.
+GRADIENT = 2e-5
+# The same walk with 2^-53 is 3e-14; a product of matrices of another shape adds up in another order.
+DOUBLE = 1e-10
+
+FAST = {
+    "vaetki_7b_a1b": "dp2,pp2,cp4,tp2xcp2xep2",
+    "vaetki_20b_a2b": "tp2",
+    "vaetki_100b_a10b": "cp2xep2",
+    "k_exaone_236b_a23b": "tp2,pp2xvpp2,cp2xring",
+    "keural_14b": "pp2,tp2xcp2",
+    "ax_k1_519b_a33b": "tp2xetp2,ep2xpp2",
+}
+SCHEMES = "cp2xheads,cp2xring,cp4xgather,tp2xetp2,tp2xcp2xep8"
+FULL = {
+    name: f"{DEFAULT},{SCHEMES},{FIVE}" if name == "k_exaone_236b_a23b" else DEFAULT
+    for name in recipe_names()
+}
+
+
+def cases(matrix: dict[str, str]) -> list[tuple[str, str]]:
+    return [(name, layout) for name, layouts in matrix.items() for layout in layouts.split(",")]
+
+
+def parity(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "megamoe", "parity", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A function that compares a recipe's layouts once, and returns what was found by layout."""
+    folder = tmp_path_factory.mktemp("parity")
+
+    @cache
+    def compared(name: str, layouts: str, dtype: str = "float32") -> dict[str, dict]:
+        file = folder / f"{name}-{dtype}.json"
+        options = ("--layouts", layouts, "--dtype", dtype, "--json", str(file))
+        done = parity(folder, name, *options)
+        assert file.exists(), done.stderr
+        found = {row["layout"]: row for row in json.loads(file.read_text())}
+        assert done.returncode == (0 if all(row["is_equal"] for row in found.values()) else 1)
+        return found
+
+    return compared
+
+
+def check(row: dict, bound: float) -> None:
+    assert row["error"] is None
+    found = row["comparison"]
+    assert found["beyond"] == []
+    assert found["tensors"].keys() == {"gradient", "adam", "weight"}
+    for worst in found["tensors"].values():
+        assert worst["difference"] <= bound, worst["name"]
+    for name, difference in found["measured"].items():
+        assert difference <= bound, name
+    has_mtp = load_recipe(row["recipe"]).recipe.model.mtp is not None
+    assert ("mtp_loss" in found["measured"]) == has_mtp
+    aux = {"aux_loss", "sequence_aux_loss", "global_aux_loss", "z_loss"}
+    assert aux | {"loss", "grad_norm"} <= found["measured"].keys()
+
+
+@pytest.mark.parametrize(("name", "layout"), cases(FAST))
+def test_a_layout_trains_the_model_of_one_process(rows, name, layout):
+    check(rows(name, FAST[name])[layout], GRADIENT)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "layout"), cases(FULL))
+def test_every_layout_of_every_recipe_trains_the_model_of_one_process(rows, name, layout):
+    check(rows(name, FULL[name])[layout], GRADIENT)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_data_parallelism_and_a_plain_pipeline_change_no_bit(rows, layout):
+    """Sums over micro-batches and ranks are float64; a pipeline only cuts between layers."""
+    found = rows("vaetki_7b_a1b", FAST["vaetki_7b_a1b"])[layout]["comparison"]
+    assert [worst["difference"] for worst in found["tensors"].values()] == [0.0, 0.0, 0.0]
+
+
+def test_some_experts_get_no_token_in_a_whole_batch(rows):
+    """Their gradients are zero in every layout, and the ranks that hold them wait for nothing."""
+    assert any(
+        row["comparison"]["idle_experts"] > 0
+        for name in FAST
+        for row in rows(name, FAST[name]).values()
+    )
+
+
+def test_a_difference_beyond_the_bound_is_named_and_ends_with_1(tmp_path):
+    done = parity(tmp_path, "keural_14b", "--layouts", "tp2", "--bound", "1e-12")
+    assert done.returncode == 1
+    assert "DIFFERS" in done.stdout
+    assert "tp2 differs in" in done.stdout
+    assert "keural_14b: one process" in done.stderr
+
+
+def test_a_layout_that_cannot_be_is_refused_before_anything_starts(tmp_path):
+    done = parity(tmp_path, "vaetki_7b_a1b", "--layouts", "tp2,tp8")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "megamoe: error: layout tp8: vaetki_7b_a1b/general: model.attention.num_heads 4 is not a "
+        "multiple of tp 8; use tp 4\n"
+    )
