@@ -31,7 +31,8 @@ LAYERS = 4
 HIDDEN = 64
 HEAD = 8
 VOCAB = 128
-WORDS = 24  # that the text is made of: so few leave experts without a token
+EXPERTS = 16  # twice those of --scale tiny,
+WORDS = 6  # and so few words in the text, that some experts get no token of a whole batch
 
 # With beta1 0 exp_avg is the gradient, clipped. Adam divides it by its size plus eps: with eps 1 an
 # error of a gradient moves a weight by at most lr times that error; with the usual 1e-8 rounding alone
@@ -112,7 +113,7 @@ def _model(model: Model) -> Model:
         attention=_attention(model.attention),
         window_pattern=kinds,
         window=None if model.window is None else min(model.window, SEQ_LEN // 2),
-        experts=replace(model.experts, ffn_dim=HIDDEN // 2),
+        experts=replace(model.experts, num_routed=EXPERTS, ffn_dim=HIDDEN // 4),
         # A sum over the hidden dimension is as large as its terms: attention and routing are far from
         # even, and every weight matters.
         init_std=HIDDEN**-0.5,

@@ -60,7 +60,7 @@ def test_a_wrong_word_is_refused(text, message):
     ("name", "message"),
     [
         ("tp8", "layout tp8: vaetki_7b_a1b/general: model.attention.num_heads 4 is not a multiple"),
-        ("ep16", "layout ep16: general.layout.ep: 16 does not divide num_routed 8"),
+        ("ep3", "layout ep3: general.layout.ep: 3 does not divide num_routed 16"),
         ("dp16", "layout dp16: vaetki_7b_a1b/general: batch_ramp entry (0, 8): 8 sequences are"),
         ("dp3xep2", "layout dp3xep2: vaetki_7b_a1b/general: world size 3 is not a multiple of etp"),
     ],
