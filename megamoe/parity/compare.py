@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ GRADIENT, ADAM, WEIGHT = "gradient", "adam", "weight"
 KINDS = (GRADIENT, ADAM, WEIGHT)
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|exp_avg|exp_avg_sq)\.(.+)")
 _KINDS = {"param": WEIGHT, "exp_avg": GRADIENT, "exp_avg_sq": ADAM}
-_ROUTER = ("previous_shares_E", "expert_bias")  # counted, not computed: equal or wrong
+_SHARES = "previous_shares_E"
+_ROUTER = (_SHARES, "expert_bias")  # counted, not computed: equal or wrong
 _EXACT = ("expert_load", "loss_tokens", "tokens_seen", "lr", "sequences")
 
 
@@ -47,10 +48,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What one layout left behind: what its steps measured, and a checkpoint after each."""
+    """What one layout left behind: what its steps measured, and the tensors stored after each."""
 
     results: list[dict[str, Any]]
-    readers: list[TensorReader]
+    stored: list[dict[str, Tensor]]
 
 
 def read(run_dir: Path, results: list[dict[str, Any]]) -> Left:
@@ -60,9 +61,7 @@ def read(run_dir: Path, results: list[dict[str, Any]]) -> Left:
         CheckpointError: a checkpoint is missing or damaged.
     """
     folder = run_dir / "checkpoints"
-    return Left(
-        results, [TensorReader(folder / name_of(result["tokens_seen"])) for result in results]
-    )
+    return Left(results, [_load(folder / name_of(result["tokens_seen"])) for result in results])
 
 
 def compare(ours: Left, one: Left, bound: float) -> Comparison:
@@ -72,25 +71,32 @@ def compare(ours: Left, one: Left, bound: float) -> Comparison:
     the gradients do.
     """
     measured, beyond = _measured(ours, one, bound)
-    worst = {kind: Worst(difference=0.0, name="") for kind in KINDS}
-    idle = 0
-    for step, (reader, expected) in enumerate(zip(ours.readers, one.readers, strict=True), 1):
-        beyond += [
-            f"step {step}: {name} is there only once" for name in _unpaired(reader, expected)
-        ]
-        for name in _in_order(expected.tensors.keys() & reader.tensors.keys(), expected):
+    found = list(_differences(ours, one))
+    beyond += [each.name for kind, each in found if each.difference > (bound if kind else 0)]
+    tensors = {
+        kind: max((each for of, each in found if of == kind), key=lambda each: each.difference)
+        for kind in KINDS
+    }
+    return Comparison(
+        measured=measured, tensors=tensors, beyond=tuple(beyond), idle_experts=_idle_experts(one)
+    )
+
+
+def _differences(ours: Left, one: Left) -> Iterator[tuple[str | None, Worst]]:
+    """Yield the kind and the difference of every tensor, in the order of the forward pass."""
+    for step, (actual, expected) in enumerate(zip(ours.stored, one.stored, strict=True), 1):
+        for name in _in_order(expected | actual):
             kind = _kind(name)
-            difference = _difference(reader.read(name), expected.read(name), kind)
-            where = f"step {step}: {_plain(name)}" + ("" if kind == WEIGHT else f" {kind}")
-            if kind is None:
-                idle += int((expected.read(name) == 0).sum()) if "shares" in name else 0
-                beyond += [where.removesuffix(" None")] if difference else []
-                continue
-            if difference > worst[kind].difference:
-                worst[kind] = Worst(difference=difference, name=where)
-            if difference > bound:
-                beyond.append(where)
-    return Comparison(measured=measured, tensors=worst, beyond=tuple(beyond), idle_experts=idle)
+            label = "" if kind in (WEIGHT, None) else f" {kind}"
+            difference = _difference(actual.get(name), expected.get(name), kind)
+            yield kind, Worst(difference=difference, name=f"step {step}: {_plain(name)}{label}")
+
+
+def _idle_experts(left: Left) -> int:
+    shares = [
+        each for stored in left.stored for each in stored.items() if each[0].endswith(_SHARES)
+    ]
+    return sum(int((tensor == 0).sum()) for _, tensor in shares)
 
 
 def _measured(ours: Left, one: Left, bound: float) -> tuple[dict[str, float], list[str]]:
@@ -100,7 +106,10 @@ def _measured(ours: Left, one: Left, bound: float) -> tuple[dict[str, float], li
         beyond += [f"step {step}: {name}" for name in _EXACT if actual[name] != expected[name]]
         values, wanted = _values(actual), _values(expected)
         for name in wanted | values:
-            difference = _relative(values.get(name, math.inf), wanted.get(name, math.inf))
+            difference = _ratio(
+                abs(values.get(name, math.nan) - wanted.get(name, math.nan)),
+                abs(wanted.get(name, 0)),
+            )
             measured[name] = max(measured.get(name, 0.0), difference)
             if difference > bound:
                 beyond.append(f"step {step}: {name}")
@@ -116,23 +125,22 @@ def _values(result: dict[str, Any]) -> dict[str, float]:
     return values if result["mtp_loss"] is None else {**values, "mtp_loss": result["mtp_loss"]}
 
 
-def _relative(actual: float, expected: float) -> float:
-    if actual == expected:
-        return 0.0
-    difference = abs(actual - expected) / abs(expected) if expected else math.inf
-    return math.inf if math.isnan(difference) else difference
-
-
-def _difference(actual: Tensor, expected: Tensor, kind: str | None) -> float:
-    """Return the largest difference, relative to the largest value; of shares and biases, if any."""
-    if actual.shape != expected.shape:
+def _difference(actual: Tensor | None, expected: Tensor | None, kind: str | None) -> float:
+    """Return the largest difference, relative to the largest value; inf where one is missing."""
+    if actual is None or expected is None or actual.shape != expected.shape:
         return math.inf
     actual_64, expected_64 = actual.double(), expected.double()
     if kind == ADAM:
         actual_64, expected_64 = actual_64.sqrt(), expected_64.sqrt()
-    difference = float((actual_64 - expected_64).abs().max())
-    size = float(expected_64.abs().max())
-    return _relative(size + difference, size) if difference == 0 or size == 0 else difference / size
+    largest = float((actual_64 - expected_64).abs().max())
+    return _ratio(largest, float(expected_64.abs().max()))
+
+
+def _ratio(difference: float, size: float) -> float:
+    if difference == 0:
+        return 0.0
+    # Not finite is not equal, and compares with no bound.
+    return difference / size if size and math.isfinite(difference / size) else math.inf
 
 
 def _kind(name: str) -> str | None:
@@ -147,16 +155,13 @@ def _plain(name: str) -> str:
     return match[2] if match else name
 
 
-def _unpaired(ours: TensorReader, one: TensorReader) -> list[str]:
-    return sorted(name for name in ours.tensors.keys() ^ one.tensors.keys() if _counts(name))
+def _load(folder: Path) -> dict[str, Tensor]:
+    reader = TensorReader(folder)
+    # Of random states each rank has its own.
+    return {name: reader.read(name) for name in reader.tensors if not name.startswith("random.")}
 
 
-def _in_order(names: Iterable[str], one: TensorReader) -> list[str]:
+def _in_order(stored: dict[str, Tensor]) -> list[str]:
     """Return names in the order of the forward pass, in which the model's own are stored."""
-    places = {name: place for place, name in enumerate(one.tensors)}
-    counted = [name for name in names if _counts(name)]
-    return sorted(counted, key=lambda name: (places.get(_plain(name), -1), places[name]))
-
-
-def _counts(name: str) -> bool:
-    return not name.startswith("random.")  # of each rank its own
+    places = {name: place for place, name in enumerate(stored)}
+    return sorted(places, key=lambda name: (places.get(_plain(name), -1), places[name]))

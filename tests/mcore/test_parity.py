@@ -1,4 +1,7 @@
-"""Every layout trains the same model: losses, gradients, and what its checkpoint holds."""
+"""Layouts train the same model, and Megatron-core reads the checkpoint of each on one process.
+
+All recipes, and more layouts, tensor by tensor: test_parity_recipes.py.
+"""
 
 import json
 import subprocess
