@@ -16,7 +16,7 @@ def enable() -> None:
     torch.storage._dtype_to_storage_type_map()
     torch.storage._storage_type_to_dtype_map()
     torch.set_default_dtype(torch.float64)
-    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     original = torch.Tensor.type
 
