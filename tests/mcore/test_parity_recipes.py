@@ -93,6 +93,13 @@ def test_every_layout_of_every_recipe_trains_the_model_of_one_process(rows, name
     check(rows(name, FULL[name])[layout], GRADIENT)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FULL)
+def test_data_parallelism_changes_no_bit_of_any_recipe(rows, name):
+    found = rows(name, FULL[name])["dp2"]["comparison"]
+    assert [worst["difference"] for worst in found["tensors"].values()] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_data_parallelism_and_a_plain_pipeline_change_no_bit(rows, layout):
     """Sums over micro-batches and ranks are float64; a pipeline only cuts between layers."""
@@ -109,6 +116,15 @@ def test_some_experts_get_no_token_in_a_whole_batch(rows):
     )
 
 
+@pytest.mark.parity
+def test_in_float64_only_a_fault_would_be_left(rows):
+    """K-EXAONE's kind of model: windows, GQA, an expert bias and multi-token prediction."""
+    layouts = "tp2,pp2xvpp2,tp2xcp2xep2,dp2xpp2xep2"
+    for row in rows("k_exaone_236b_a23b", layouts, "float64").values():
+        check(row, DOUBLE)
+
+
+@pytest.mark.parity
 def test_a_difference_beyond_the_bound_is_named_and_ends_with_1(tmp_path):
     done = parity(tmp_path, "keural_14b", "--layouts", "tp2", "--bound", "1e-12")
     assert done.returncode == 1
