@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamoe.errors import LaunchError
+from megamoe.errors import LaunchError, PlanError
 from megamoe.parity.layouts import DEFAULT, Grid, one_process, parse_layouts
 from megamoe.parity.small import MICRO_BATCH, plan_of, small_recipe, with_text, write_text
 from megamoe.plan.plan import Plan, Shard
@@ -66,7 +66,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan everything, train, compare, print; 1 when a layout differs."""
     grids = (one_process(MICRO_BATCH), *parse_layouts(args.layouts, MICRO_BATCH))
-    planned = {name: _plans(name, grids, args.seed) for name in args.recipes}
+    planned = [_plans(name, grids, args.seed) for name in args.recipes]
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise PlanError(f"--json: {args.json}: there is no such folder; make it first")
     bound = BOUNDS[args.dtype] if args.bound is None else args.bound
     if args.dtype == "float64":
         from megamoe.mcore import double
@@ -74,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
         double.enable()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="megamoe-parity-") as folder:
-        for name, plans in planned.items():
-            found = _compare(name, plans, (Path(folder) / name, args.seed), bound)
+        for index, plans in enumerate(planned):
+            found = _compare(plans, (Path(folder) / str(index), args.seed), bound)
             sys.stdout.write(table(found))
             sys.stdout.flush()
             rows += found
@@ -104,13 +106,14 @@ def _plans(name: str, grids: Sequence[Grid], seed: int) -> list[tuple[Grid, Plan
 
 
 def _compare(
-    name: str, plans: Sequence[tuple[Grid, Plan]], place: tuple[Path, int], bound: float
+    plans: Sequence[tuple[Grid, Plan]], place: tuple[Path, int], bound: float
 ) -> list[Row]:
     from megamoe.parity.compare import compare
 
     folder, seed = place
     shards = tuple(write_text(folder / "text", each, seed + i) for i, each in enumerate(_TEXTS))
     (_, first), *others = plans
+    name = first.recipe
     started = time.monotonic()
     one = _leave(first, folder, shards)
     _say(f"{name}: one process, {time.monotonic() - started:.1f} s")

@@ -35,8 +35,12 @@ def train(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
     Megatron-core is imported once: each rank is a fork.
 
     Raises:
-        LaunchError: a rank failed; the others have been ended.
+        LaunchError: a rank failed; the others have been ended. Or there is a GPU.
     """
+    if not cpu.is_needed():  # then Megatron-core has not been told to do without
+        raise LaunchError(
+            "megamoe parity compares on the processor, and here is a GPU; give CUDA_VISIBLE_DEVICES=''"
+        )
     run_dir.mkdir(parents=True)
     torch.set_num_threads(1)  # ranks share the cores, and a fork has no threads but its own
     running = {_fork(plan, run_dir, rank) for rank in range(plan.segments[0].world_size)}
