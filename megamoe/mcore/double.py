@@ -21,7 +21,7 @@ def enable() -> None:
     original = torch.Tensor.type
 
     def type_of(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        # Megatron-Core 0.16.1 optimizer/distrib_optimizer.py:385 asks which optimizer by this name.
+        # Megatron-Core 0.16.1 optimizer/distrib_optimizer.py:420 asks which optimizer by this name.
         if dtype is None:
             return original(self).replace("Double", "Float")
         return original(self, dtype, **kwargs)
