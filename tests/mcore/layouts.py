@@ -1,10 +1,11 @@
 """Trains the same small model under many layouts, for the tests to compare.
 
-Run as a program with a folder, and MODEL/LAYOUT where not all are wanted: Megatron-core is imported once, and each rank of each layout is a
-fork of this process. Leaves in FOLDER/<model>/<layout> the checkpoint after two steps, and
+Run as a program with a folder, and MODEL/LAYOUT where not all are wanted: Megatron-core is imported
+once, and each rank of each layout is a fork of this process. Leaves in FOLDER/<model>/<layout> the checkpoint after two steps, and
 `result.json` with what the steps measured, or `error.txt`.
 """
 
+import gc
 import json
 import os
 import signal
@@ -100,6 +101,8 @@ def run_dir_of(folder: Path, model: str, layout: str) -> Path:
 
 
 def _train(plan: Plan, run_dir: Path, rank: int) -> None:
+    # Megatron-Core 0.16.1 jit.py compiles small functions: a third of the time of so short a run.
+    torch.compiler.set_stance("force_eager")
     store = f"file://{run_dir}/store"
     world_size = plan.segments[0].world_size
     torch.distributed.init_process_group(
@@ -130,6 +133,7 @@ def _fork_rank(plan: Plan, run_dir: Path, rank: int) -> int:
 def _run(plan: Plan, run_dir: Path) -> None:
     """Train on as many forks as the plan has ranks; when one fails, end the others."""
     run_dir.mkdir(parents=True)
+    gc.freeze()  # what imports have made is no garbage; looking for it takes a rank seconds
     running = {_fork_rank(plan, run_dir, rank) for rank in range(plan.segments[0].world_size)}
     while running:
         child, status = os.wait()
