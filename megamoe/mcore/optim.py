@@ -40,6 +40,7 @@ def build_optimizer(
         chunks,
     )
     _mend_torch_adam(built)
+    _mend_gathered_state(built)
     return built
 
 
@@ -83,6 +84,39 @@ def _mend_torch_adam(optimizer: MegatronOptimizer) -> None:
                     "exp_avg_sq": torch.zeros_like(weight.data),
                 }
         part._set_main_param_and_optimizer_states = partial(_set_states, part)
+
+
+def _mend_gathered_state(optimizer: MegatronOptimizer) -> None:
+    """Let each weight's state be cut from where it is when a checkpoint gathers it.
+
+    Megatron-Core 0.16.1 distrib_optimizer.py:1118 leaves out the padding between buckets, :1494 looks
+    for weights where they are with it (0.19.2: 1403 and 1790): the state of all but the first bucket is shifted. A table
+    that pipeline ranks share, for MTP or tied, has a bucket of its own, the second one.
+    """
+    for part in _parts(optimizer):
+        if hasattr(part, "get_parameter_state_dp_zero"):
+            gather = part.get_parameter_state_dp_zero
+            part.get_parameter_state_dp_zero = partial(_gather_with_padding, part, gather)
+
+
+def _gather_with_padding(part: Any, gather: Any, **options: Any) -> Any:
+    state = gather(**options)
+    for index, by_dtype in (state or {}).items():
+        for tensors in by_dtype.values() if isinstance(by_dtype, dict) else ():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                tensors[name] = _with_padding(part.buffers[index], tensors[name])
+    return state
+
+
+def _with_padding(buffer: Any, packed: Tensor) -> Tensor:
+    assert len(packed) == buffer.numel_unpadded, (len(packed), buffer.numel_unpadded)
+    whole = packed.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:end]
+        start = end
+    return whole
 
 
 def _choose_kernel(inner: Any) -> None:

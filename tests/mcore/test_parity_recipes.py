@@ -29,9 +29,9 @@ FAST = {
     "vaetki_7b_a1b": "dp2,pp2,cp4,tp2xcp2xep2",
     "vaetki_20b_a2b": "tp2",
     "vaetki_100b_a10b": "cp2xep2",
-    "k_exaone_236b_a23b": "tp2,pp2xvpp2,cp2xring",
+    "k_exaone_236b_a23b": "tp2,ep2xpp2,cp2xring",
     "keural_14b": "pp2,tp2xcp2",
-    "ax_k1_519b_a33b": "tp2xetp2,ep2xpp2",
+    "ax_k1_519b_a33b": "tp2xetp2,pp2xvpp2",
 }
 SCHEMES = "cp2xheads,cp2xring,cp4xgather,tp2xetp2,tp2xcp2xep8"
 FULL = {
