@@ -1,0 +1,251 @@
+"""Plants known mistakes of distributed training, one at a time, and shows that parity finds each.
+
+    python -m tests.mcore.mutations            # all, a line each; 1 when one goes unnoticed
+    python -m tests.mcore.mutations NAME       # one, with the table of `megamoe parity`
+
+None of them changes what one process computes, so that only the layout is wrong.
+"""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+from megamoe import __main__ as command
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Megatron-core, about itself
+    import torch
+
+    from megamoe.mcore import cpu
+
+    cpu.enable()
+    from megamoe.mcore import compat, context, data, model, optim, router, spec
+    from megamoe.mcore.layer import ReplicatedLinear
+    from megamoe.nn import context_parallel
+    from megamoe.parity import ranks  # noqa: F401 - imports what is patched before it is
+
+Patch = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutation:
+    """One mistake, and where it shows."""
+
+    what: str
+    recipe: str
+    layout: str
+    plant: Patch
+
+
+def _shift_within_the_shard() -> Any:
+    def roll(tensor: Any, *_: Any, **__: Any) -> Any:
+        rolled = torch.roll(tensor, shifts=-1, dims=-1)
+        rolled[..., -1] = 0
+        return rolled, rolled.sum()
+
+    return mock.patch.object(compat, "roll_tensor", roll)
+
+
+def _expert_gradients_divided_by_ep() -> Any:
+    wrap = model._data_parallel
+
+    def divided(config: Any, module: Any, **options: Any) -> Any:
+        for weight in module.parameters():
+            if not getattr(weight, "allreduce", True):  # Megatron-core's mark of an expert
+                weight.register_hook(lambda g: g / config.expert_model_parallel_size)
+        return wrap(config, module, **options)
+
+    return mock.patch.object(model, "_data_parallel", divided)
+
+
+def _halo_short_of_a_row() -> Any:
+    post = context_parallel._post
+
+    def short(cp: Any, layer: Any, scheme: Any, rows: Any) -> Any:
+        if layer.window is not None:
+            layer = replace(layer, window=layer.window - 1)
+        return post(cp, layer, scheme, rows)
+
+    return mock.patch.object(context_parallel, "_post", short)
+
+
+def _balancing_loss_of_own_tokens() -> Any:
+    def attach(
+        self: Any, activation: Any, _: Any, loss: Any, name: str, *__: Any, **___: Any
+    ) -> Any:
+        return self._attach(activation, loss, name, activation.shape[0])
+
+    return mock.patch.object(router.BalancedRouter, "attach_and_log_load_balancing_loss", attach)
+
+
+def _positions_from_zero_on_each_shard() -> Any:
+    positions = context._positions
+    return mock.patch.object(context, "_positions", lambda e, length, _: positions(e, length, 0))
+
+
+def _chunks_of_a_pipeline_rank_swapped() -> Any:
+    offset = spec.get_transformer_layer_offset
+
+    def swapped(config: Any, vp_stage: int | None = None) -> int:
+        return offset(config, vp_stage=None if vp_stage is None else 1 - vp_stage)
+
+    return mock.patch.object(spec, "get_transformer_layer_offset", swapped)
+
+
+def _same_samples_on_all_ranks() -> Any:
+    return mock.patch.object(data.parallel_state, "get_data_parallel_rank", return_value=0)
+
+
+def _expert_shares_of_own_tokens() -> Any:
+    finish = router.BalancedRouter.finish_batch
+    return mock.patch.object(
+        router.BalancedRouter,
+        "finish_batch",
+        lambda self, _: finish(self, self.batch_counts_E.clone()),
+    )
+
+
+def _replicated_gradients_not_summed_over_tp() -> Any:
+    create = ReplicatedLinear.__init__
+
+    def forgotten(self: Any, *args: Any) -> None:
+        create(self, *args)
+        self.weight.sequence_parallel = False
+
+    return mock.patch.object(ReplicatedLinear, "__init__", forgotten)
+
+
+def _values_of_the_next_rank_s_heads() -> Any:
+    finish = context_parallel._finish_heads
+
+    def rolled(begun: Any, q: Any, up_weight: Any, starts: Any) -> Any:
+        if up_weight is not None:
+            up_weight = up_weight.roll(len(up_weight) // begun.cp.size, dims=0)
+        return finish(begun, q, up_weight, starts)
+
+    return mock.patch.object(context_parallel, "_finish_heads", rolled)
+
+
+def _shards_dealt_backwards() -> Any:
+    def own(whole: Any) -> Any:
+        cp = data.groups.context("tokens")
+        length = len(whole) // cp.size
+        first = (cp.size - 1 - cp.rank) * length
+        return whole[first : first + length]
+
+    return mock.patch.object(data, "_own", own)
+
+
+def _padding_left_out_of_gathered_states() -> Any:
+    return mock.patch.object(optim, "_mend_gathered_state", return_value=None)
+
+
+MUTATIONS = {
+    "mtp_shift": Mutation(
+        what="tokens of multi-token prediction shifted within a shard, not across its edge",
+        recipe="k_exaone_236b_a23b",
+        layout="cp2",
+        plant=_shift_within_the_shard,
+    ),
+    "expert_divisor": Mutation(
+        what="gradients of experts divided by ep",
+        recipe="vaetki_7b_a1b",
+        layout="ep2",
+        plant=_expert_gradients_divided_by_ep,
+    ),
+    "halo": Mutation(
+        what="halo short of one row",
+        recipe="vaetki_7b_a1b",
+        layout="cp2",
+        plant=_halo_short_of_a_row,
+    ),
+    "aux_loss": Mutation(
+        what="balancing loss weighted with a rank's own tokens",
+        recipe="vaetki_7b_a1b",
+        layout="tp2",
+        plant=_balancing_loss_of_own_tokens,
+    ),
+    "rope_offset": Mutation(
+        what="positions that begin at 0 on each shard",
+        recipe="vaetki_7b_a1b",
+        layout="cp2",
+        plant=_positions_from_zero_on_each_shard,
+    ),
+    "vpp_chunk": Mutation(
+        what="kinds of layers of the two chunks of a pipeline rank swapped",
+        recipe="k_exaone_236b_a23b",
+        layout="pp2xvpp2",
+        plant=_chunks_of_a_pipeline_rank_swapped,
+    ),
+    "samples": Mutation(
+        what="all data-parallel ranks read the samples of the first",
+        recipe="vaetki_7b_a1b",
+        layout="dp2",
+        plant=_same_samples_on_all_ranks,
+    ),
+    "expert_shares": Mutation(
+        what="global aux loss by the expert shares of a rank's own tokens",
+        recipe="vaetki_7b_a1b",
+        layout="dp2",
+        plant=_expert_shares_of_own_tokens,
+    ),
+    "replicated": Mutation(
+        what="gradients of MLA's replicated projections not summed over tp",
+        recipe="vaetki_7b_a1b",
+        layout="tp2",
+        plant=_replicated_gradients_not_summed_over_tp,
+    ),
+    "heads": Mutation(
+        what="latents projected up for the heads of another rank",
+        recipe="vaetki_7b_a1b",
+        layout="cp2xheads",
+        plant=_values_of_the_next_rank_s_heads,
+    ),
+    "shards": Mutation(
+        what="shards of a sequence dealt backwards",
+        recipe="vaetki_7b_a1b",
+        layout="cp2",
+        plant=_shards_dealt_backwards,
+    ),
+    "checkpoint_padding": Mutation(
+        what="optimizer states gathered without the padding between buckets, as Megatron-core does",
+        recipe="ax_k1_519b_a33b",
+        layout="pp2xvpp2",
+        plant=_padding_left_out_of_gathered_states,
+    ),
+}
+
+
+def main() -> int:
+    """Plant one mistake, or all in turn."""
+    if len(sys.argv) > 1:
+        mutation = MUTATIONS[sys.argv[1]]
+        with mutation.plant():
+            return command.main(["parity", mutation.recipe, "--layouts", mutation.layout])
+    unnoticed = 0
+    for name, mutation in MUTATIONS.items():
+        found = plant(name)
+        unnoticed += "DIFFERS" not in found
+        where = next((line for line in found.splitlines() if " differs in " in line), "NOT NOTICED")
+        sys.stdout.write(f"{name}: {mutation.what}\n  {where}\n")
+        sys.stdout.flush()
+    return 1 if unnoticed else 0
+
+
+def plant(name: str) -> str:
+    """Plant a mistake in a process of its own; return what `megamoe parity` prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.mcore.mutations", name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main())
