@@ -23,17 +23,21 @@ with warnings.catch_warnings():
     from megamoe.mcore.engine import Engine
 
 from megamoe.errors import LaunchError
-from megamoe.parity.small import NUM_STEPS
 from megamoe.plan.plan import Plan
 
 _TIMEOUT = timedelta(seconds=300)  # of a collective whose other ranks have died
-_RESULTS, _ERROR, _LOG = "results.json", "error.txt", "log.txt"
+_RESULTS, _ERROR, _LOG, _STORE = "results.json", "error.txt", "log.txt", "store"
 
 
-def train(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
+def train(plan: Plan, run_dir: Path, *, stop_after: int | None = None) -> list[dict[str, Any]]:
     """Train the plan's steps, a checkpoint after each; return what each step measured.
 
     Megatron-core is imported once: each rank is a fork.
+
+    Args:
+        plan: of one segment.
+        run_dir: a folder to make, or one where an earlier call stopped, to go on from there.
+        stop_after: stop after so many steps; None: at the end.
 
     Raises:
         LaunchError: a rank failed; the others have been ended. Or there is a GPU.
@@ -42,10 +46,13 @@ def train(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
         raise LaunchError(
             "megamoe parity compares on the processor, and here is a GPU; give CUDA_VISIBLE_DEVICES=''"
         )
-    run_dir.mkdir(parents=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / _STORE).unlink(missing_ok=True)  # of an earlier call
     torch.set_num_threads(1)  # ranks share the cores, and a fork has no threads but its own
     gc.freeze()  # what imports have made is no garbage; looking for it takes a rank seconds
-    running = {_fork(plan, run_dir, rank) for rank in range(plan.segments[0].world_size)}
+    running = {
+        _fork(plan, run_dir, rank, stop_after) for rank in range(plan.segments[0].world_size)
+    }
     try:
         while running:
             child, status = os.wait()
@@ -61,14 +68,14 @@ def train(plan: Plan, run_dir: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _fork(plan: Plan, run_dir: Path, rank: int) -> int:
+def _fork(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
         _redirect(run_dir / _LOG)
-        _be_rank(plan, run_dir, rank)
+        _be_rank(plan, run_dir, rank, stop_after)
         status = 0
     except BaseException:
         # The first to fail is the cause of what the others then meet.
@@ -85,21 +92,21 @@ def _redirect(log: Path) -> None:
     os.dup2(file, 2)
 
 
-def _be_rank(plan: Plan, run_dir: Path, rank: int) -> None:
+def _be_rank(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> None:
     segment = plan.segments[0]
     # Megatron-Core 0.16.1 jit.py compiles small functions: a third of the time of so short a run.
     torch.compiler.set_stance("force_eager")
     torch.distributed.init_process_group(
         "gloo",
-        init_method=f"file://{run_dir}/store",
+        init_method=f"file://{run_dir / _STORE}",
         rank=rank,
         world_size=segment.world_size,
         timeout=_TIMEOUT,
     )
     groups.form(plan, segment)
     engine = Engine(plan, segment, run_dir)
-    results = []
-    for _ in range(NUM_STEPS):
+    results: list[dict[str, Any]] = []
+    while not engine.is_done and len(results) != stop_after:
         results.append(asdict(engine.train_step()))
         engine.save(wait=True)
     if rank == 0:
