@@ -36,6 +36,7 @@ from megamoe.mcore.roll import roll_tensor
 # `__version__` is no help: 0.19.2 adds the commit of whatever repository the process stands in.
 MEGATRON_CORE: tuple[int, int] = VERSION[:2]
 HAS_HYBRID_MODEL = MEGATRON_CORE >= (0, 19)
+_COMMON = "megatron.core.dist_checkpointing.strategies.common"
 _PREDICTION = "megatron.core.transformer.multi_token_prediction"
 _DATA_PARALLEL = "megatron.core.distributed.distributed_data_parallel"
 
@@ -136,15 +137,20 @@ def take_mtp_losses() -> Tensor | None:
 
 @contextmanager
 def loading_checkpoint() -> Iterator[None]:
-    """Keep torch from warning, inside it, of how 0.19.2 loads a checkpoint.
+    """Keep torch and Megatron-core from warning, inside it, of how 0.19.2 loads a checkpoint.
 
     dist_checkpointing/strategies/torch.py:979 loads on each rank for itself, with the arguments in
-    an order that has changed.
+    an order that has changed; strategies/common.py:42 calls a function of its own deprecated.
     """
+    logger = logging.getLogger(_COMMON)
+    logger.addFilter(_is_no_deprecation)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="The argument order of load has been changed")
-        yield
+        try:
+            yield
+        finally:
+            logger.removeFilter(_is_no_deprecation)
 
 
 class SpecifiedLatentAttention(MLASelfAttention):
@@ -189,6 +195,10 @@ class _PredictionLayer(MultiTokenPredictionLayer):
     ) -> None:
         """Leave out what 0.19.2 transformer/multi_token_prediction.py:1018 asks for."""
         super().__init__(*args, **options)
+
+
+def _is_no_deprecation(record: logging.LogRecord) -> bool:
+    return "load_common is deprecated" not in record.getMessage()
 
 
 def _says_something(record: logging.LogRecord) -> bool:
