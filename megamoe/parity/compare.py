@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from megamoe.checkpoints.folder import name_of
+from megamoe.checkpoints.tensors import SHARES, kind_of
 from megamoe.mcore.stored import TensorReader
 
 GRADIENT, ADAM, WEIGHT = "gradient", "adam", "weight"
 KINDS = (GRADIENT, ADAM, WEIGHT)
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|exp_avg|exp_avg_sq)\.(.+)")
 _KINDS = {"param": WEIGHT, "exp_avg": GRADIENT, "exp_avg_sq": ADAM}
-_SHARES = "previous_shares_E"
-_ROUTER = (_SHARES, "expert_bias")  # counted, not computed: equal or wrong
+_ROUTER = (SHARES, "expert_bias")  # counted, not computed: equal or wrong
 _EXACT = ("expert_load", "loss_tokens", "tokens_seen", "lr", "sequences")
 
 
@@ -93,9 +93,7 @@ def _differences(ours: Left, one: Left) -> Iterator[tuple[str | None, Worst]]:
 
 
 def _idle_experts(left: Left) -> int:
-    shares = [
-        each for stored in left.stored for each in stored.items() if each[0].endswith(_SHARES)
-    ]
+    shares = [each for stored in left.stored for each in stored.items() if each[0].endswith(SHARES)]
     return sum(int((tensor == 0).sum()) for _, tensor in shares)
 
 
@@ -158,7 +156,7 @@ def _plain(name: str) -> str:
 def _load(folder: Path) -> dict[str, Tensor]:
     reader = TensorReader(folder)
     # Of random states each rank has its own.
-    return {name: reader.read(name) for name in reader.tensors if not name.startswith("random.")}
+    return {name: reader.read(name) for name in reader.tensors if kind_of(name) != "random state"}
 
 
 def _in_order(stored: dict[str, Tensor]) -> list[str]:
