@@ -98,16 +98,6 @@ def without_prediction(architecture: Architecture, model: Model) -> Model:
     return model if architecture.has_prediction else replace(model, mtp=None)
 
 
-def remarks(architecture: Architecture, model: Model) -> Iterator[str]:
-    """Yield where the class that reads an architecture computes something else than the model."""
-    if isinstance(model.norm, DualNorm) and model.norm.after_dense_mlp and model.num_dense_layers:
-        yield (
-            f"transformers' {architecture.model_type} leaves out the norm after a dense MLP, so its logits "
-            "differ; docs/convert.md has a hook that adds it, and a run planned with "
-            "--set model.norm.after_dense_mlp=False needs none"
-        )
-
-
 def problems(architecture: Architecture, stage: Stage) -> Problems:
     """Yield what of a model an architecture cannot express."""
     model = stage.model

@@ -6,6 +6,7 @@ from typing import Any
 
 from megamoe.convert.architectures import Architecture, Stage
 from megamoe.convert.positions import max_positions, rope_parameters, yarn_differences
+from megamoe.convert.remote_code import code_keys, needs_code
 from megamoe.recipe.model import GQA, MLA, Model, Rope
 
 Config = dict[str, Any]
@@ -14,6 +15,7 @@ _PUBLISHED_INTERPOLATION = 8.0  # VAETKI: what its readers take for `rope_scalin
 _FREE = frozenset(
     {
         "architectures",
+        "auto_map",
         "dtype",
         "initializer_range",
         "max_position_embeddings",
@@ -21,6 +23,7 @@ _FREE = frozenset(
         "rope_interleave",
         "rope_parameters",
         "rope_scaling",
+        "topk_method",
     }
 )
 
@@ -41,6 +44,7 @@ def config_of(architecture: Architecture, stage: Stage) -> Config:
         "tie_word_embeddings": model.tied_embeddings,
         "num_experts_per_tok": model.experts.top_k,
         **_CONFIGS[architecture.model_type](stage),
+        **(code_keys(architecture) if needs_code(architecture, model) else {}),
     }
 
 
@@ -74,10 +78,10 @@ def differences(
 def _interpolation_differences(stage: Stage, rope: Mapping[str, Any]) -> Iterator[str]:
     """Yield by what positions of global layers are divided, if it is not what the stage does."""
     kind = rope.get("rope_type", rope.get("type"))
-    if kind not in (None, "linear"):
+    if kind not in (None, "default", "linear"):  # null, as transformers save it: default
         yield f"rope_type {kind!r}, not 'linear' or none"
         return
-    factor = _PUBLISHED_INTERPOLATION if kind is None else rope["factor"]
+    factor = rope["factor"] if kind == "linear" else _PUBLISHED_INTERPOLATION
     if factor != stage.interpolation:
         yield (
             f"rope_interpolation {factor:g}, not {stage.interpolation:g} (give --tokens-seen of a "
@@ -142,7 +146,13 @@ def _axk1(stage: Stage) -> Config:
     model, rope = stage.model, stage.model.global_rope
     assert rope is not None, stage
     kinds = ["dense" if model.is_dense(i) else "sparse" for i in range(model.num_layers)]
-    return {**_latent(model), **_rope(rope), "mlp_layer_types": kinds}
+    return {
+        **_latent(model),
+        **_rope(rope),
+        "mlp_layer_types": kinds,
+        # whether there is a bias; transformers' class always has one
+        "topk_method": "noaux_tc" if model.experts.expert_bias else None,
+    }
 
 
 def _vaetki(stage: Stage) -> Config:

@@ -163,7 +163,7 @@ KEURAL = Table(
         "mlp.router.weight": _same("moe.gate.weight"),
         **_mlp("mlp.experts.experts", "moe.experts.{}", _PROJECTIONS),
     },
-    other_names=(("_orig_mod.", ""), ("module.", "")),
+    other_names=(("_orig_mod.", ""), ("module.", ""), ("model.", "")),
 )
 
 # By HF `model_type`, in the order in which an export looks for one that fits.

@@ -20,13 +20,13 @@ from megamoe.convert.architectures import (
     Architecture,
     Stage,
     architecture_for,
-    remarks,
     stage_of,
     without_prediction,
 )
 from megamoe.convert.config import config_of
 from megamoe.convert.entries import Entry, entries
 from megamoe.convert.ours import EXPERTS, our_tensors
+from megamoe.convert.remote_code import copy_code, needs_code
 from megamoe.convert.tokenizer import copy_tokenizer
 from megamoe.convert.weights import weight_sources
 from megamoe.errors import CheckpointError
@@ -88,8 +88,6 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
             say(
                 f"left out: multi-token prediction, {len(left_out)} tensors; {architecture.model_type} has none"
             )
-        for remark in remarks(architecture, plan.model):
-            say(remark)
         facts: dict[str, object] = {
             "megamoe": megamoe.__version__,
             "direction": "to-hf",
@@ -100,6 +98,8 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
             "left_out": [asdict(record) for record in left_out],
         }
         _write_configs(partial, architecture, stage, plan, pairs)
+        if needs_code(architecture, plan.model):
+            say(copy_code(partial))
         say(copy_tokenizer(plan.data, partial))
         (partial / audit.AUDIT).write_text(audit.audit_text(facts, pairs), encoding="utf-8")
         _publish(partial, out)

@@ -74,6 +74,13 @@ MODELS: dict[str, Model] = {
     "axk1, dense layer": replace(_LATENT, norm=_DUAL),
     "axk1, norm after a dense layer": replace(_LATENT, norm=replace(_DUAL, after_dense_mlp=True)),
     "axk1, yarn": replace(_LATENT, norm=_DUAL, attention=_ROTATED, global_rope=_STRETCHED),
+    "axk1, yarn, norm after a dense layer": replace(
+        _LATENT,
+        norm=replace(_DUAL, after_dense_mlp=True),
+        attention=_ROTATED,
+        global_rope=_STRETCHED,
+        experts=replace(_LATENT.experts, expert_bias=True),
+    ),
     "vaetki": tiny.LATENT,
     "keural_moe": tiny.SOFTMAX,
 }

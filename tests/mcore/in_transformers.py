@@ -2,16 +2,17 @@
 
 Run as a program with a folder: Megatron-core's patches for the CPU reach torch's factories, and
 transformers would load models with positions that were never written. For each FOLDER/<n>/out it
-leaves FOLDER/<n>/logits.safetensors and FOLDER/<n>/theirs, a random model of the same shape.
+leaves FOLDER/<n>/logits.safetensors and FOLDER/<n>/theirs, a random model of the same shape, and where
+the folder brings its own code FOLDER/<n>/uses.json.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,38 +20,25 @@ from torch import Tensor
 def _loaded(folder: Path) -> torch.nn.Module:
     """Return the model of a folder; nothing may be missing, extra or misshaped."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+        folder,
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="eager",
+        trust_remote_code=True,
     )
     has_bias = "e_score_correction_bias" in (folder / "model.safetensors.index.json").read_text()
     missing = [n for n in info["missing_keys"] if has_bias or "e_score_correction_bias" not in n]
     extra = [n for n in info["unexpected_keys"] if not n.startswith("mtp.")]
     assert (missing, extra, list(info["mismatched_keys"])) == ([], [], []), folder
-    model.eval()
-    if model.config.model_type == "axk1":
-        for layer, kind in enumerate(model.config.mlp_layer_types):
-            if kind == "dense":
-                _norm_dense_layer(model, layer, folder)
-    return model
-
-
-def _norm_dense_layer(model: torch.nn.Module, layer: int, folder: Path) -> None:
-    """Norm the output of a dense MLP where the files have one; transformers 5.23 drops it."""
-    name = f"model.layers.{layer}.post_mlp_layernorm.weight"
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    if name not in index["weight_map"]:
-        return
-    with safe_open(folder / index["weight_map"][name], framework="pt") as opened:
-        weight = opened.get_tensor(name)
-    eps = model.config.rms_norm_eps
-    model.model.layers[layer].mlp.register_forward_hook(
-        lambda _, __, x: weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    )
+    return model.eval()
 
 
 def _made(config: transformers.PretrainedConfig, *, has_bias: bool) -> torch.nn.Module:
     """Return a random model in which no part is without effect."""
     torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", trust_remote_code=True
+    )
     with torch.no_grad():
         for weight in model.parameters():
             std = 0.2 if weight.ndim == 1 else weight.shape[-1] ** -0.5
@@ -61,6 +49,87 @@ def _made(config: transformers.PretrainedConfig, *, has_bias: bool) -> torch.nn.
     return model.eval()
 
 
+def _uses(folder: Path, model: torch.nn.Module, tokens: Tensor) -> dict[str, object]:
+    """Return what users of a model with its own code rely on, beside logits."""
+    text, half = tokens[:, :20], tokens[1:, 9:20]
+    cached = _continued(model, text)
+    padded = text.clone()
+    padded[1:, :9] = model.config.pad_token_id
+    real = torch.ones_like(text)
+    real[1:, :9] = 0
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, trust_remote_code=True
+    )
+    state = rounded.state_dict().items()
+    return {
+        "without cache": _difference(cached, _continued(model, text, use_cache=False)),
+        "padded": _difference(
+            _continued(model, padded, attention_mask=real)[1:], _continued(model, half)
+        ),
+        "whole cache": _refusal(_continued, model, text, cache_implementation="static"),
+        "not trusted": _refusal(transformers.AutoModelForCausalLM.from_pretrained, folder),
+        "loss": model(tokens, labels=tokens).loss.item(),
+        "hidden": [x.shape[-1] for x in model(text, output_hidden_states=True).hidden_states],
+        "float32 in bfloat16": [name for name, value in state if value.dtype == torch.float32],
+        "finite in bfloat16": rounded(tokens).logits.isfinite().all().item(),
+        **_trained(model, tokens),
+        **_encoded(folder),
+    }
+
+
+def _continued(model: torch.nn.Module, tokens: Tensor, **options: object) -> Tensor:
+    """Return logits of 12 tokens, each the likeliest after those before."""
+    output = model.generate(
+        tokens,
+        do_sample=False,
+        min_new_tokens=12,
+        max_new_tokens=12,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return torch.stack(output.logits, dim=1)
+
+
+def _difference(left: Tensor, right: Tensor) -> float:
+    return (left - right).abs().max().item()
+
+
+def _refusal(function: Callable, *arguments: object, **options: object) -> str:
+    try:
+        function(*arguments, **options)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def _trained(model: torch.nn.Module, tokens: Tensor) -> dict[str, object]:
+    """Return by how much the loss falls along its gradient, over that gradient, and what has none."""
+    model(tokens, labels=tokens).loss.backward()
+    found = {n: weight.grad for n, weight in model.named_parameters() if weight.grad is not None}
+    length = torch.sqrt(sum(gradient.square().sum() for gradient in found.values()))
+    losses = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for name, gradient in found.items():
+                model.get_parameter(name).add_(step / length * gradient)
+            losses.append(model(tokens, labels=tokens).loss)
+    slope = (losses[0] - losses[1]) / 2e-5
+    without = [name for name, _ in model.named_parameters() if name not in found]
+    return {"slope": (slope / length).item(), "without gradient": without}
+
+
+def _encoded(folder: Path) -> dict[str, object]:
+    """Return the ids of a text, with the code trusted and without."""
+    names = {path.name for path in folder.iterdir()}
+    if not names & {"tokenizer.json", "tokenizer.model"}:
+        return {}
+    kinds = [{"trust_remote_code": True}, {}]
+    found = [transformers.AutoTokenizer.from_pretrained(folder, **kind) for kind in kinds]
+    text = (folder / "text.txt").read_text(encoding="utf-8")
+    return {"ids": [tokenizer(text)["input_ids"] for tokenizer in found]}
+
+
 def _run(folder: Path, tokens: Tensor) -> None:
     exported = _loaded(folder / "out")
     has_bias = "e_score_correction_bias" in (folder / "out/audit.json").read_text()
@@ -69,6 +138,9 @@ def _run(folder: Path, tokens: Tensor) -> None:
     with torch.no_grad():
         results = {"exported": exported(tokens).logits, "made": made(tokens).logits}
     save_file(results, folder / "logits.safetensors")
+    if (folder / "out/modeling_megamoe.py").is_file():
+        uses = _uses(folder / "out", exported, tokens)
+        (folder / "uses.json").write_text(json.dumps(uses))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Exported folders give transformers our logits, and its folders give us theirs."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 
+from data_prep.tokenizer import load_tokenizer
 from megamoe.convert.from_hf import from_hf
 from megamoe.convert.to_hf import to_hf
+from megamoe.convert.tokenizer import copy_tokenizer
 from megamoe.mcore.engine import Engine
 from megamoe.mcore.model import unwrap
 from megamoe.mcore.router import BalancedRouter
+from megamoe.plan.plan import Plan
 from megamoe.recipe import Bf16, Fp32
 from tests.mcore.converted import MODELS, all_logits, logits, plan_of, saved, tokens
+from tests.mcore.test_convert_tokenizer import data_with
 from tests.mcore.test_model import reference_weights
 from tests.mcore.world import adam_states, everything, world_of_one
 from tests.reference.model import Reference
@@ -23,10 +29,18 @@ from tests.reference.model import Reference
 # Logits are of the size 1 to 5: sums of some 100 float32 products in other orders, over 4 layers.
 TOLERANCE = 1e-5
 SHARD_BYTES = 20_000  # many files
-REMOTE_CODE = ("vaetki", "keural_moe")
-IN_TRANSFORMERS = [name for name in MODELS if name.split(",")[0] not in REMOTE_CODE]
-# What transformers 5.23 cannot make: multi-token prediction, a norm after a dense MLP.
-MADE = [n for n in IN_TRANSFORMERS if n not in ("exaone_moe", "axk1, norm after a dense layer")]
+INTERPOLATED = "vaetki, interpolated"
+IN_TRANSFORMERS = [*MODELS, INTERPOLATED]
+MADE = [n for n in IN_TRANSFORMERS if n != "exaone_moe"]  # no class makes multi-token prediction
+# What no class of transformers computes, with a tokenizer of each form.
+CODE = {
+    "axk1, norm after a dense layer": None,
+    "axk1, yarn, norm after a dense layer": None,
+    "vaetki": "byte-level-bpe",
+    INTERPOLATED: None,
+    "keural_moe": "sentencepiece-unigram",
+}
+PROMPT = "동해물과 백두산이  마르고 닳도록, def add(left, right):"
 CHILD = Path(__file__).with_name("in_transformers.py")
 
 
@@ -38,21 +52,39 @@ def export(path: Path, out: Path, dtype: str | None = None) -> None:
     to_hf(path, out, dtype=dtype, shard_bytes=SHARD_BYTES, say=quiet)
 
 
+def plan_in(folder: Path, name: str) -> Plan:
+    """Return the plan of a run of a name of IN_TRANSFORMERS."""
+    if name == INTERPOLATED:
+        return plan_of(folder, "vaetki", rope_interpolation=8.0)
+    return plan_of(folder, name)
+
+
 @pytest.fixture(scope="module")
 def transformed(tmp_path_factory):
     """Export all models, and have transformers run and make its own; return folder and logits."""
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
+    for package in ("transformers", "sentencepiece"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     root = tmp_path_factory.mktemp("transformed")
     ours = {}
     for number, name in enumerate(IN_TRANSFORMERS):
-        plan = plan_of(root / str(number) / "run", name)
+        plan = plan_in(root / str(number) / "run", name)
         with world_of_one(plan):
             ours[name] = logits(saved(plan, root / str(number) / "run"))
-        export(root / str(number) / "run", root / str(number) / "out")
+        out = root / str(number) / "out"
+        export(root / str(number) / "run", out)
+        if CODE.get(name) is not None:
+            copy_tokenizer(data_with(root / name, CODE[name]), out)
+            (out / "text.txt").write_text(PROMPT)
     save_file({"tokens": tokens()}, root / "tokens.safetensors")
+    # Code beside weights is copied before it is run, by default into the home folder.
+    home = f"HF_HOME={root / 'home'}"
     child = subprocess.run(
-        [sys.executable, CHILD, root], capture_output=True, text=True, check=False
+        ["env", home, sys.executable, CHILD, root],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,  # asks nobody whether to trust the code
     )
     assert child.returncode == 0, child.stderr[-3_000:]
     return root, ours
@@ -71,13 +103,36 @@ def test_transformers_computes_our_logits_from_an_exported_folder(name, transfor
 @pytest.mark.parametrize("name", MADE)
 def test_we_compute_the_logits_of_a_model_that_transformers_has_made(name, transformed, tmp_path):
     folder = transformed[0] / str(IN_TRANSFORMERS.index(name))
-    plan = plan_of(tmp_path / "run", name)
+    plan = plan_in(tmp_path / "run", name)
     from_hf(folder / "theirs", tmp_path / "run", tokens_seen=0, say=quiet)
     with world_of_one(plan):
         ours = logits(Engine(plan, plan.segments[0], tmp_path / "run"))
     theirs = load_file(folder / "logits.safetensors")["made"]
     assert theirs.std() > 0.3
     assert (ours - theirs).abs().max() < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CODE)
+def test_a_folder_with_its_own_code_is_used_as_any_other(name, transformed):
+    root, ours = transformed
+    found = json.loads((root / str(IN_TRANSFORMERS.index(name)) / "uses.json").read_text())
+    loss = cross_entropy(ours[name][:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+    assert abs(found["loss"] - loss) < TOLERANCE
+    assert found["without cache"] < TOLERANCE
+    assert found["padded"] < TOLERANCE
+    assert found["hidden"] == [MODELS["vaetki"].hidden_dim] * 5
+    # Losses of 5, some 1e-4 apart, each off by 2e-6 at most; in longer steps other experts are chosen.
+    assert found["slope"] == pytest.approx(1, rel=0.04)
+    assert all(".experts." in weight for weight in found["without gradient"])
+    assert found["finite in bfloat16"]
+    assert all(weight.endswith("bias") for weight in found["float32 in bfloat16"])
+    assert bool(found["float32 in bfloat16"]) == ("yarn" in name)
+    assert found["whole cache"].endswith("not supported by this model; give a DynamicCache")
+    assert "trust_remote_code=True" in found["not trusted"]
+    if CODE[name] is not None:
+        ids = load_tokenizer(root / name / "tokenizer").encode(PROMPT)
+        assert found["ids"] == [ids, ids]
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """What config.json says of a model, what is compared with it, and what no reader can express."""
 
+import ast
 import json
 import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ A_X_K1 = Yarn(
     mscale_all_dim=0.0,
 )
 DEEPSEEK_V3 = replace(A_X_K1, factor=40.0, original_seq_len=4_096, mscale_all_dim=1.0)
+MODELING = Path(__file__).parents[2] / "megamoe/convert/modeling"
 NORM = "model.layers.0.post_mlp_layernorm.weight"
 
 
@@ -131,14 +135,53 @@ def test_a_norm_after_a_dense_mlp_that_nothing_applies_is_left_out_and_said_so(t
 
 
 @pytest.mark.parametrize(
-    ("name", "is_told"), [("axk1, norm after a dense layer", True), ("axk1, dense layer", False)]
+    ("name", "model_type"),
+    [
+        ("axk1, norm after a dense layer", "AXK1"),
+        ("vaetki", "vaetki"),
+        ("keural_moe", "keural_moe"),
+        ("axk1, dense layer", None),
+        ("axk1", None),
+        ("deepseek_v3", None),
+    ],
 )
-def test_an_export_tells_what_transformers_leave_out(name, is_told, tmp_path):
+def test_code_is_beside_weights_that_no_class_of_transformers_computes(name, model_type, tmp_path):
+    """Without the flag A.X K1 must not load: as axk1 it would, and give other logits."""
     run, said = write_run(tmp_path / "run", name, random_tensors(MODELS[name])), []
     to_hf(run, tmp_path / "out", dtype=None, shard_bytes=1 << 30, say=said.append)
-    told = [line for line in said if "leaves out the norm after a dense MLP" in line]
-    assert len(told) == is_told
-    assert all("--set model.norm.after_dense_mlp=False" in line for line in told)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    code = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.py")}
+    assert any("trust_remote_code=True" in line for line in said) == (model_type is not None)
+    assert ("auto_map" in config) == (model_type is not None)
+    if model_type is None:
+        assert code == {}
+        return
+    assert config["model_type"] == model_type
+    assert code == {path.name: path.read_bytes() for path in MODELING.glob("*_megamoe.py")}
+    for value in config["auto_map"].values():
+        file, name = value.split(".")
+        tree = ast.parse(code[f"{file}.py"])
+        assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def test_an_import_runs_no_code_of_a_folder(tmp_path):
+    name = "axk1, norm after a dense layer"
+    folder = exported(tmp_path, name)
+    for path in folder.glob("*.py"):
+        path.write_text("raise SystemExit('was run')\n")
+    run = write_run(tmp_path / "again", name, None)
+    assert from_hf(folder, run, tokens_seen=0, say=quiet).is_dir()
+
+
+def test_code_beside_weights_needs_torch_and_transformers_alone():
+    found = set()
+    for path in MODELING.glob("*_megamoe.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    assert found - sys.stdlib_module_names == {"torch", "transformers"}
 
 
 def test_what_an_export_leaves_out_is_in_the_audit_with_its_checksum(tmp_path, monkeypatch):
@@ -157,6 +200,11 @@ def test_what_an_export_leaves_out_is_in_the_audit_with_its_checksum(tmp_path, m
     ("ours", "theirs", "expected"),
     [
         (8.0, None, []),
+        (
+            8.0,
+            {"rope_type": "default", "rope_theta": 10_000.0},
+            [],
+        ),  # null, as transformers save it
         (1.0, {"rope_type": "linear", "factor": 1.0}, []),
         (1.0, {"type": "linear", "factor": 1.0}, []),
         (1.0, None, ["rope_interpolation 8, not 1 (give --tokens-seen of a stage that has it"]),

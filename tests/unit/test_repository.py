@@ -4,6 +4,8 @@ import argparse
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,15 @@ def test_every_file_that_is_not_code_is_installed_too():
         kinds = (".py", ".pyc")
         files = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in kinds}
         assert sorted(shown(path) for path in files - installed) == []
+
+
+def test_code_that_is_copied_beside_weights_is_installed(tmp_path):
+    build = ["egg_info", "-e", tmp_path, "build", "-b", tmp_path / "build"]
+    command = [sys.executable, "setup.py", "-q", *build]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [installed] = tmp_path.glob("build/lib*/megamoe/convert/modeling")
+    names = {path.name for path in installed.iterdir()}
+    assert {"configuration_megamoe.py", "modeling_megamoe.py"} <= names
 
 
 def test_the_core_needs_nothing_and_dev_has_all_that_the_rest_needs():
