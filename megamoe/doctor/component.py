@@ -43,17 +43,18 @@ REQUIREMENTS = (
     Requirement(name="rich", modules=("rich.progress",), distributions=("rich",)),
 )
 
-_ATTENTION = "torch's scaled_dot_product_attention"
+_ATTENTION = "torch's own attention kernels"
+_EVERYWHERE = "halos and packed documents included, where its trial passes"
 
 OPTIONAL = (
     Component(
         name="Transformer Engine",
         modules=("transformer_engine", "transformer_engine.pytorch"),
         distributions=("transformer-engine",),
-        use="fused Adam, which Megatron-core takes wherever it is; its layers and FP8 are not used "
-        "by this version",
+        use="fused Adam, which Megatron-core takes wherever it is; attention, where its trial passes; its "
+        "layers and FP8 are not used by this version",
         is_used=True,
-        instead="apex's fused Adam, or torch's AdamW; layers in plain torch",
+        instead=f"apex's fused Adam, or torch's AdamW; {_ATTENTION}; layers in plain torch",
     ),
     Component(
         name="apex",
@@ -75,8 +76,16 @@ OPTIONAL = (
         name="flash-attn 3",
         modules=("flash_attn_interface",),
         distributions=("flash-attn-3", "flashattn-hopper"),
-        use="attention on Hopper GPUs",
-        is_used=False,
+        use=f"attention on Hopper GPUs, {_EVERYWHERE}",
+        is_used=True,
+        instead=f"Transformer Engine, flash-attn 2, or {_ATTENTION}",
+    ),
+    Component(
+        name="flash-attn 2",
+        modules=("flash_attn.flash_attn_interface",),
+        distributions=("flash-attn",),
+        use=f"attention, {_EVERYWHERE}",
+        is_used=True,
         instead=_ATTENTION,
     ),
     Component(

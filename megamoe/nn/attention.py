@@ -1,4 +1,4 @@
-"""Causal attention, full or within a window, on torch's own kernels.
+"""Causal attention, full or within a window: on a GPU by its kernels, anywhere by plain torch.
 
 Shapes: S sequence, P positions up to its end, B batch, N query heads, M key-value heads (N a multiple of M),
 D query and key head dimension, V value head dimension, C block of queries.
@@ -41,8 +41,10 @@ def causal_attention(
     if window is not None and window >= seq_len:
         window = None
     if q.is_cuda and kernel is None:
-        case = attention_gpu.case_of(q, k, v, has_window=window is not None)
-        kernel = attention_gpu.choose(case)
+        kind, has_window = attention_gpu.Kind.WHOLE, window is not None
+        kernel = attention_gpu.choose(
+            attention_gpu.case_of(q, k, v, kind=kind, has_window=has_window)
+        )
     if q.is_cuda and kernel != attention_gpu.BLOCKS:
         out = attention_gpu.run(str(kernel), q, k, v, window, scale)
     elif window is None:
@@ -82,14 +84,17 @@ def continued_attention(
         num_keys = min(num_keys, window + seq_len - 1)
         k_PBMD, v_PBMV = k_PBMD[-num_keys:], v_PBMV[-num_keys:]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_PBMD, v_PBMV))
-    out = scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=None if seq_len == 1 else _continued_mask(seq_len, num_keys, window, q.device),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    out = attention_gpu.run_last(q, k, v, window, scale) if q.is_cuda and seq_len > 1 else None
+    if out is None and window is not None and 0 < num_keys - seq_len < seq_len:
+        # Queries of zeros in front make it the attention of a whole sequence, which knows windows,
+        # for at most twice the work, and with a window well below the shard little more.
+        q_PBND = pad(q_SBND, (0, 0, 0, 0, 0, 0, num_keys - seq_len, 0))
+        whole = causal_attention(q_PBND, k_PBMD, v_PBMV, window=window, scale=scale, kernel=kernel)
+        return whole[-seq_len:]
+    if out is None:
+        mask = None if seq_len == 1 else _continued_mask(seq_len, num_keys, window, q.device)
+        grouped = q.shape[1] != k.shape[1]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
 
 
@@ -102,17 +107,17 @@ def bounded_attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Attend from a position of its own for each query up to the query: documents, packed.
+    """Attend from the beginning of each query's document up to the query: documents, packed.
 
-    Block of queries by block, with the mask of one written out at a time, on every device.
-    FlexAttention, which takes such a bound as a function, belongs here.
+    On a GPU by a kernel for sequences of several lengths, else block of queries by block, with the
+    mask of one written out at a time.
 
     Args:
         q_SBND: queries of the last S positions.
         k_PBMD: keys of all P.
         v_PBMV: values, as the keys.
-        first_SB: the first position that each query sees, counted among the P; at most its own.
-            Below 0: all of them.
+        first_SB: where the document of each query begins, counted among the P: at a query, or before
+            the first of them; below 0: before the keys. Not to be written to afterwards.
         window: number of keys a query sees at most; None: all from that first one.
         scale: factor of the scores before the softmax.
 
@@ -121,6 +126,10 @@ def bounded_attention(
     """
     (seq_len, batch, num_heads, _), num_keys = q_SBND.shape, len(k_PBMD)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_PBMD, v_PBMV))
+    if q.is_cuda and seq_len > 1:
+        whole = attention_gpu.run_documents(q, k, v, window, scale, first_SB)
+        if whole is not None:
+            return whole.permute(2, 0, 1, 3).reshape(seq_len, batch, num_heads * v.shape[-1])
     earlier, outputs = num_keys - seq_len, []
     for begin in range(0, seq_len, _BOUNDED_BLOCK):
         end = min(seq_len, begin + _BOUNDED_BLOCK)
@@ -143,15 +152,28 @@ def bounded_attention(
 
 
 def describe(device: torch.device, key_dim: int, value_dim: int) -> dict[str, str]:
-    """Return which kernel does full attention and which a window, in bfloat16, and tries them.
+    """Return which kernels attention is given, in bfloat16, and tries them.
 
     Args:
         device: where attention would run.
         key_dim: head dimension of queries and keys.
         value_dim: head dimension of values.
+
+    Returns:
+        Of attention to everything, `full`; within a window; of queries after the halo of another rank;
+        to packed documents.
     """
+    blocks = attention_gpu.BLOCKS
     if device.type != "cuda":
-        return {"full": "scaled_dot_product_attention", "window": attention_gpu.BLOCKS}
+        full = "scaled_dot_product_attention"
+        return {"full": full, "window": blocks, "halo": blocks, "documents": blocks}
+    kind = attention_gpu.Kind
+    kinds = {
+        "full": kind.WHOLE,
+        "window": kind.WHOLE,
+        "halo": kind.LAST,
+        "documents": kind.DOCUMENTS,
+    }
     chosen = {
         name: attention_gpu.choose(
             attention_gpu.Case(
@@ -160,15 +182,20 @@ def describe(device: torch.device, key_dim: int, value_dim: int) -> dict[str, st
                 key_dim=key_dim,
                 value_dim=value_dim,
                 group=1,
-                has_window=name == "window",
+                kind=kind,
+                has_window=name in {"window", "halo"},
                 deterministic=torch.are_deterministic_algorithms_enabled(),
             )
         )
-        for name in ("full", "window")
+        for name, kind in kinds.items()
     }
-    # Without a kernel of its own, full attention is left to torch, which may write out all scores.
-    full = chosen["full"]
-    return chosen | {"full": "torch's choice" if full == attention_gpu.BLOCKS else full}
+    # Without a kernel of its own, full attention is left to torch, which may write out all scores,
+    # and a halo is a window with queries of zeros in front.
+    full, halo = chosen["full"], chosen["halo"]
+    return chosen | {
+        "full": "torch's choice" if full == blocks else full,
+        "halo": chosen["window"] if halo == blocks else halo,
+    }
 
 
 def window_mask(block: int, window: int, device: torch.device) -> Tensor:

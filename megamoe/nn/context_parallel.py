@@ -25,12 +25,13 @@ head dimension, V value head dimension, R latent, E rotary, F features of a toke
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from megamoe.errors import MegamoeError
-from megamoe.nn.attention import bounded_attention, causal_attention, continued_attention
+from megamoe.nn.attention import bounded_attention, continued_attention
 from megamoe.nn.context_group import ContextGroup, Posted
 from megamoe.nn.context_heads import AttentionLayer, LatentHeads, can_share_heads
 from megamoe.nn.context_ring import Ring, ring_attention
@@ -112,7 +113,8 @@ def finish(
         q_LBND: rotated queries of all heads.
         up_weight: of MLA the up-projection of keys and values, [N * (D - E + V), R], head by head.
         starts_SB: integers, where in the whole sequence the document of each token begins, for the
-            whole sequence on every rank; a query sees nothing before. None: one document.
+            whole sequence on every rank; a query sees nothing before. None: one document. Of one batch
+            the same tensor for all layers: documents are counted once for each tensor.
 
     Returns:
         [L, B, N * V], dtype of the queries.
@@ -125,8 +127,6 @@ def finish(
     if begun.scheme is Scheme.RING:
         return _finish_ring(begun, q_LBND, up_weight, starts_SB)
     k, v = begun.layer.heads.expand(_rows_seen(begun), up_weight)
-    if starts_SB is not None:
-        starts_SB = begun.cp.shard(starts_SB)
     return _attend(begun, q_LBND, k, v, starts_SB)
 
 
@@ -191,22 +191,21 @@ def _attend(
 ) -> Tensor:
     """Attend where the queries are those of the last positions."""
     window, scale = begun.layer.window, begun.layer.scale
-    num_earlier = len(k_PBMD) - len(q_SBND)
-    if starts_SB is not None:
-        # Where a document begins is a property of the query alone, so that a halo needs no
-        # documents of its own: what a query must not see lies before its own beginning.
-        whole = begun.scheme is Scheme.HEADS or begun.cp.size == 1
-        first_key = (0 if whole else begun.cp.rank * len(q_SBND)) - num_earlier
-        first_SB = starts_SB - first_key
-        return bounded_attention(
-            q_SBND, k_PBMD, v_PBMV, first_SB=first_SB, window=window, scale=scale
-        )
-    if window is not None and 0 < num_earlier < len(q_SBND):
-        # Queries of zeros in front make it the attention of a whole sequence, whose kernels know
-        # windows, for at most twice the work, and with a window well below the shard little more.
-        q_PBND = torch.cat((q_SBND.new_zeros(num_earlier, *q_SBND.shape[1:]), q_SBND))
-        return causal_attention(q_PBND, k_PBMD, v_PBMV, window=window, scale=scale)[num_earlier:]
-    return continued_attention(q_SBND, k_PBMD, v_PBMV, window=window, scale=scale)
+    if starts_SB is None:
+        return continued_attention(q_SBND, k_PBMD, v_PBMV, window=window, scale=scale)
+    # Where a document begins is a property of the query alone, so that a halo needs no documents of
+    # its own: what a query must not see lies before its own beginning.
+    whole = begun.scheme is Scheme.HEADS or begun.cp.size == 1
+    first_query = 0 if whole else begun.cp.rank * len(q_SBND)
+    first_SB = _first_keys(starts_SB, first_query, len(q_SBND), len(k_PBMD))
+    return bounded_attention(q_SBND, k_PBMD, v_PBMV, first_SB=first_SB, window=window, scale=scale)
+
+
+@lru_cache(maxsize=8)  # so that all layers of a batch have one tensor; by starts_SB itself
+def _first_keys(starts_SB: Tensor, first_query: int, num_queries: int, num_keys: int) -> Tensor:
+    """Return where the documents of a rank's queries begin, counted among the keys it has."""
+    last_query = first_query + num_queries
+    return starts_SB[first_query:last_query] - (last_query - num_keys)
 
 
 def _refusal(layer: AttentionLayer, scheme: Scheme, cp: int) -> str:

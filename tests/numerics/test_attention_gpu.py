@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from megamoe.nn import attention_gpu
 from megamoe.nn.attention import causal_attention, describe
-from megamoe.nn.attention_gpu import BLOCKS, FULL, WINDOW, Case, choose, dense, is_right
+from megamoe.nn.attention_gpu import BLOCKS, FULL, WINDOW, Case, Kind, choose, dense, is_right
 
 CPU = torch.device("cpu")
 CASE = Case(
@@ -21,6 +21,7 @@ CASE = Case(
     key_dim=24,
     value_dim=16,
     group=1,
+    kind=Kind.WHOLE,
     has_window=False,
     deterministic=True,
 )
@@ -93,4 +94,5 @@ def test_a_kernel_that_gives_nan_does_not_pass(monkeypatch):
 
 
 def test_what_is_described_for_a_cpu_is_what_it_does():
-    assert describe(CPU, 192, 128) == {"full": "scaled_dot_product_attention", "window": "blocks"}
+    others = dict.fromkeys(("window", "halo", "documents"), "blocks")
+    assert describe(CPU, 192, 128) == {"full": "scaled_dot_product_attention"} | others

@@ -95,18 +95,20 @@ def test_the_comparison_finds_what_is_wrong_on_purpose(results):
 
 @pytest.mark.parametrize("window", [None, 7, 2_000])
 @pytest.mark.parametrize("num_earlier", [0, 40])
-def test_a_bound_for_each_query_is_a_mask_however_many_there_are(window, num_earlier, generator):
+def test_documents_are_a_mask_however_many_queries_there_are(window, num_earlier, generator):
     num_queries = 1_030  # more than a block
     q, k, v = (
         torch.randn(length, 2, heads, 3, generator=generator, dtype=torch.float64)
         for length, heads in ((num_queries, 2), *((num_queries + num_earlier, 1),) * 2)
     )
     queries = torch.arange(num_earlier, num_earlier + num_queries)
-    reach = torch.randint(0, 1_100, (num_queries, 2), generator=generator)
-    first_SB = queries[:, None] - reach  # for some queries below 0
+    begins = torch.rand(num_queries, 2, generator=generator) < 0.01
+    begins[0] = False
+    first_SB = (queries[:, None] * begins).cummax(dim=0).values
+    first_SB -= 3 * (first_SB == 0)  # of the first documents below 0, before the keys
     distance = queries[:, None] - torch.arange(len(k))
     hidden = (distance < 0) | (distance >= (window or len(k)))
-    hidden = hidden[None] | (distance[None] > reach.T[:, :, None])
+    hidden = hidden[None] | (torch.arange(len(k)) < first_SB.T[:, :, None])
     scores = torch.einsum("qbnd,kbd->bnqk", q, k[:, :, 0]).masked_fill(hidden[:, None], -torch.inf)
     expected = torch.einsum("bnqk,kbd->qbnd", scores.softmax(dim=-1), v[:, :, 0]).flatten(2)
     ours = bounded_attention(q, k, v, first_SB=first_SB, window=window, scale=1.0)
