@@ -161,6 +161,11 @@ def is_right(name: str, case: Case) -> bool:
         return False
     wide = [x.float() for x in inputs]
     expected = _with_gradients(reference, wide, upstream.float(), window)
+    return agree(actual, expected)
+
+
+def agree(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Tell whether output and gradients of a trial are those expected, up to rounding."""
     errors = [
         float((ours.float() - value).norm() / value.norm())
         for ours, value in zip(actual, expected, strict=True)

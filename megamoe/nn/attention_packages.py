@@ -2,7 +2,7 @@
 
 None is needed, and a package is imported when a kernel of it is first tried: without it the trial of
 megamoe/nn/attention_gpu.py fails and the next kernel is tried. Arguments are those of flash-attn 2.8.4
-and of its `hopper` folder, which is flash-attn 3, and of Transformer Engine 1.9 to 2.20.
+and of its `hopper` folder, which is flash-attn 3, and of Transformer Engine 1.10 to 2.20.
 
 All align queries with the last keys: a query sees the keys up to its own, and the keys may be of more
 positions than the queries.

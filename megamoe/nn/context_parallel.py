@@ -31,10 +31,12 @@ import torch
 from torch import Tensor
 
 from megamoe.errors import MegamoeError
+from megamoe.nn import context_ring_kernels
 from megamoe.nn.attention import bounded_attention, continued_attention
 from megamoe.nn.context_group import ContextGroup, Posted
 from megamoe.nn.context_heads import AttentionLayer, LatentHeads, can_share_heads
 from megamoe.nn.context_ring import Ring, ring_attention
+from megamoe.nn.context_ring_kernels import StepCase
 from megamoe.nn.context_transfers import (
     Chunks,
     FromHeads,
@@ -181,9 +183,21 @@ def _finish_ring(
     queries = Posted(cp, ToZigzag(), q_LBND)
     rows = begun.posted.wait()
     chunks = Chunks(cp=cp.size, shard_len=len(q_LBND))
-    ring = Ring(cp, begun.layer, chunks, starts_SB)
+    has_masks = begun.layer.window is not None or starts_SB is not None
+    kernel = None if has_masks else context_ring_kernels.choose(_step_of(begun, q_LBND))
+    ring = Ring(cp, begun.layer, chunks, starts_SB, kernel)
     mixed = ring_attention(ring, queries.wait(), rows, up_weight)
     return Posted(cp, FromZigzag(), mixed).wait()
+
+
+def _step_of(begun: Begun, q_LBND: Tensor) -> StepCase:
+    return StepCase(
+        device=q_LBND.device,
+        dtype=q_LBND.dtype,
+        key_dim=q_LBND.shape[-1],
+        value_dim=begun.layer.heads.value_dim,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _attend(

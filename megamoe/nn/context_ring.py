@@ -6,8 +6,8 @@ al. 2023). Of MLA, rows are latents, which every rank projects up anew: the smal
 the projection of the whole sequence on every rank. The backward pass sends the rows around again,
 and with them the sum of their gradients so far, in float32.
 
-Scores of two chunks are written out here, on every device. A kernel that returns the logarithm of
-the sum, as FlashAttention does, belongs in `_partial` and `_partial_gradients`.
+Without a window and documents a step sees all of a chunk, or all up to the query, which kernels do
+(megamoe/nn/context_ring_kernels.py). Else scores of two chunks are written out here.
 
 Shapes: L tokens of a rank, Q and K those of a chunk of queries and of keys, B batch, N heads,
 D query and key head dimension, V value head dimension, F features of a token's row.
@@ -22,8 +22,10 @@ from torch import Tensor
 
 from megamoe.nn.context_group import ContextGroup
 from megamoe.nn.context_heads import AttentionLayer
+from megamoe.nn.context_ring_kernels import Result, Step, StepKernel, Tensors, finite, merged
 from megamoe.nn.context_transfers import Chunks
 
+Pair = tuple[int, int, int]  # whose rows, the chunk of queries, the chunk of keys
 _Context = Any  # torch's own type does not know saved_tensors
 
 
@@ -35,6 +37,7 @@ class Ring:
     layer: AttentionLayer
     chunks: Chunks
     starts: Tensor | None  # [S, B] of the whole sequence: where the document of each token begins
+    kernel: StepKernel | None  # None: scores are written out, as a window and documents want it
 
     def steps(self) -> Iterator[tuple[int, bool]]:
         """Yield whose rows are here, and whether others follow."""
@@ -52,6 +55,13 @@ class Ring:
             ]
             if seen_by:
                 yield j, seen_by
+
+    def step(self, tensors: Tensors, pair: Pair) -> Step:
+        """Return queries of a chunk, and keys and values of one, as a kernel takes them."""
+        owner, i, j = pair
+        q, k, v = tensors
+        is_causal = self._chunks(self.cp.rank)[i][0] == self._chunks(owner)[j][0]
+        return Step(query=q, key=k, value=v, is_causal=is_causal, scale=self.layer.scale)
 
     def mask(self, owner: int, i: int, j: int, device: torch.device) -> Tensor | None:
         """Return [B or 1, 1, Q, K], which keys of a chunk each query sees; None: all."""
@@ -110,9 +120,8 @@ class _RingAttention(torch.autograd.Function):
             for j, seen_by in ring.pairs(owner):
                 k, v = _expand(ring, ring.rows_of(rows, owner, j), up_weight)
                 for i in seen_by:
-                    mask = ring.mask(owner, i, j, rows.device)
-                    new = _partial(queries[i], k, v, mask, ring.layer.scale)
-                    results[i] = _merged(results[i], new)
+                    step = ring.step((queries[i], k, v), (owner, i, j))
+                    results[i] = merged(results[i], _partial(ring, step, (owner, i, j)))
             rows = following.wait() if following is not None else rows
         outputs, sums = zip(*results, strict=True)
         ctx.ring = ring
@@ -127,11 +136,14 @@ class _RingAttention(torch.autograd.Function):
         q_LBND, rows, out0, out1, sum0, sum1, *weights = ctx.saved_tensors
         up_weight = weights[0] if weights else None
         wide = out0.dtype
-        grads = ring.split_heads(torch.unflatten(grad, -1, (q_LBND.shape[2], -1)).to(wide))
+        dtype = wide if ring.kernel is None else q_LBND.dtype
+        grads = ring.split_heads(torch.unflatten(grad, -1, (q_LBND.shape[2], -1)).to(dtype))
         sides = [
-            _Side(query=q, grad=g, sum=s, delta=(g * o).sum(dim=-1), grad_q=torch.zeros_like(q))
+            _Side(
+                query=q, grad=g, output=o.to(dtype), sum=s, grad_q=torch.zeros_like(q, dtype=wide)
+            )
             for q, g, o, s in zip(
-                ring.split_heads(q_LBND.to(wide)), grads, (out0, out1), (sum0, sum1), strict=True
+                ring.split_heads(q_LBND.to(dtype)), grads, (out0, out1), (sum0, sum1), strict=True
             )
         ]
         grad_weight = None if up_weight is None else torch.zeros_like(up_weight, dtype=wide)
@@ -155,13 +167,13 @@ class _RingAttention(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Side:
-    """A chunk of queries in the backward pass, in float32 at least."""
+    """A chunk of queries in the backward pass: for a kernel in its dtype, else in float32 at least."""
 
     query: Tensor  # [B, N, Q, D]
     grad: Tensor  # of the output, [B, N, Q, V]
-    sum: Tensor  # logarithm of the sum of exponentials, [B, N, Q]
-    delta: Tensor  # sum of output times gradient (Dao et al. 2022, appendix B.2), [B, N, Q]
-    grad_q: Tensor  # added up here
+    output: Tensor  # for all keys, [B, N, Q, V]
+    sum: Tensor  # logarithm of the sum of exponentials for all keys, [B, N, Q], float32 at least
+    grad_q: Tensor  # added up here, float32 at least
 
 
 def _pull_back(
@@ -178,16 +190,13 @@ def _pull_back(
     weight = None if up_weight is None else up_weight.detach().requires_grad_()
     with torch.enable_grad():
         k, v = _expand(ring, part, weight)
-    wide_k, wide_v = (x.detach().to(sides[0].grad.dtype) for x in (k, v))
-    grad_k, grad_v = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    sides_k, sides_v = (x.detach().to(sides[0].query.dtype) for x in (k, v))
+    grad_k, grad_v = (torch.zeros_like(x, dtype=sides[0].grad_q.dtype) for x in (k, v))
     for i in seen_by:
-        side, mask = sides[i], ring.mask(owner, i, j, part.device)
-        scores = _scores(side.query, wide_k, mask, ring.layer.scale)
-        weights = (scores - side.sum[..., None]).exp()
-        grad_v += weights.mT @ side.grad
-        grad_scores = weights * (side.grad @ wide_v.mT - side.delta[..., None]) * ring.layer.scale
-        side.grad_q.add_(grad_scores @ wide_k)
-        grad_k += grad_scores.mT @ side.query
+        step = ring.step((sides[i].query, sides_k, sides_v), (owner, i, j))
+        grads_of_pair = _partial_gradients(ring, sides[i], step, (owner, i, j))
+        for total, grad in zip((sides[i].grad_q, grad_k, grad_v), grads_of_pair, strict=True):
+            total.add_(grad)
     inputs = [part] if weight is None else [part, weight]
     grads = torch.autograd.grad((k, v), inputs, (grad_k.to(k.dtype), grad_v.to(v.dtype)))
     if grad_weight is not None:
@@ -205,34 +214,34 @@ def _expand(ring: Ring, rows_KBF: Tensor, up_weight: Tensor | None) -> tuple[Ten
     return k, v
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _scores(step: Step, mask: Tensor | None) -> Tensor:
     """Return [B, N, Q, K] in float32 at least, -inf where a query does not see a key."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(wide) @ k.mT.to(wide)) * scale
+    wide = torch.promote_types(step.query.dtype, torch.float32)
+    scores = (step.query.to(wide) @ step.key.mT.to(wide)) * step.scale
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
-def _partial(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _partial(ring: Ring, step: Step, pair: Pair) -> Result:
     """Return the output for these keys alone, and the logarithm of the sum of exponentials."""
-    scores = _scores(q, k, mask, scale)
+    if ring.kernel is not None:
+        output, log_sum = ring.kernel.forward(step)
+        return output.to(log_sum.dtype), log_sum
+    scores = _scores(step, ring.mask(*pair, step.query.device))
     log_sum = scores.logsumexp(dim=-1)
-    weights = (scores - _finite(log_sum)[..., None]).exp()
-    return weights @ v.to(weights.dtype), log_sum
+    weights = (scores - finite(log_sum)[..., None]).exp()
+    return weights @ step.value.to(weights.dtype), log_sum
 
 
-def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the output for the keys of both."""
-    log_sum = torch.logaddexp(one[1], other[1])
-    shift = _finite(log_sum)
-    terms = (out * (s - shift).exp()[..., None] for out, s in (one, other))
-    return sum(terms, start=torch.zeros_like(one[0])), log_sum
-
-
-def _finite(log_sum: Tensor) -> Tensor:
-    """Return 0 for queries that have seen no key yet, so that nothing is -inf less -inf."""
-    return log_sum.masked_fill(log_sum == -torch.inf, 0.0)
+def _partial_gradients(ring: Ring, side: _Side, step: Step, pair: Pair) -> Tensors:
+    """Return what these keys add to the gradient of the queries, and the gradients of both."""
+    if ring.kernel is not None:
+        return ring.kernel.backward(step, side.grad, (side.output, side.sum))
+    scores = _scores(step, ring.mask(*pair, step.query.device))
+    weights = (scores - side.sum[..., None]).exp()
+    # Sum of output times gradient: Dao et al. 2022, appendix B.2.
+    delta = (side.grad * side.output).sum(dim=-1, keepdim=True)
+    grad_scores = weights * (side.grad @ step.value.mT - delta) * step.scale
+    return grad_scores @ step.key, grad_scores.mT @ step.query, weights.mT @ side.grad
 
 
 def _nothing_seen(q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:

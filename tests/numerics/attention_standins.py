@@ -12,22 +12,29 @@ import torch
 from torch import Tensor, nn
 
 
+def hidden_keys(num_queries, num_keys, window_size, *, bottom_right=True) -> Tensor:
+    """Return [S, P], as flash-attn documents a window; -1 is no bound."""
+    left, right = window_size
+    hidden = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    for i in range(num_queries):
+        own = i + (num_keys - num_queries) * bottom_right
+        if right >= 0:
+            hidden[i, max(0, own + right + 1) :] = True
+        if left >= 0:
+            hidden[i, : max(0, own - left)] = True
+    return hidden
+
+
 def attend(q, k, v, *, scale, causal, window_size, bottom_right=True) -> Tensor:
-    """Return [B, S, N, V] of [B, S, N, D], [B, P, M, D], [B, P, M, V], as flash-attn documents it."""
-    assert torch.is_tensor(q)
+    """Return [B, S, N, V] of [B, S, N, D], [B, P, M, D], [B, P, M, V]."""
     assert q.dtype in {torch.float16, torch.bfloat16}, "only supports fp16 and bf16"
     assert k.dtype == v.dtype == q.dtype
     assert k.shape[:3] == v.shape[:3]
     assert q.shape[2] % k.shape[2] == 0
-    group, offset = q.shape[2] // k.shape[2], (k.shape[1] - q.shape[1]) * bottom_right
-    left, right = window_size[0], 0 if causal else window_size[1]
-    hidden = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
-    for i in range(q.shape[1]):
-        if right >= 0:
-            hidden[i, max(0, i + offset + right + 1) :] = True
-        if left >= 0:
-            hidden[i, : max(0, i + offset - left)] = True
+    window_size = (window_size[0], 0 if causal else window_size[1])
+    hidden = hidden_keys(q.shape[1], k.shape[1], window_size, bottom_right=bottom_right)
     wide_q, wide_k, wide_v = (x.float() for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
     wide_k, wide_v = (x.repeat_interleave(group, dim=2) for x in (wide_k, wide_v))
     scores = torch.einsum("bqnd,bknd->bnqk", wide_q, wide_k) * scale
     weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).nan_to_num(0.0)

@@ -198,6 +198,8 @@ def compare_otherwise(cp: ContextGroup) -> list[dict[str, object]]:
         add(f"begun first {scheme}", case, both[0])
         add(f"begun second {scheme}", other, both[1])
         add(f"bfloat16 {scheme}", case, shared(case, cp, starts, Spoiled(), torch.bfloat16))
+    by_kernels = Case(24, latent(24), None, "whole", "ring")
+    add("bfloat16 kernels", by_kernels, shared(by_kernels, cp, None, Spoiled(), torch.bfloat16))
     return rows
 
 

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from megamoe.nn import attention_gpu
 from megamoe.nn.attention import causal_attention, describe
 from megamoe.nn.attention_gpu import BLOCKS, FULL, WINDOW, Case, Kind, choose, dense, is_right
+from tests.numerics import torch_flash
 
 CPU = torch.device("cpu")
 CASE = Case(
@@ -62,6 +63,21 @@ def test_a_block_mask_is_made_once():
     assert attention_gpu.block_mask(256, 96, CPU) is attention_gpu.block_mask(256, 96, CPU)
 
 
+@pytest.mark.parametrize("widths", [(192, 128), (20, 12)])
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_flash_of_a_gpu_is_given_what_it_wants(widths, group):
+    key_dim, value_dim = widths
+    case = replace(CASE, key_dim=key_dim, value_dim=value_dim, group=group)
+    library = torch_flash.library()
+    try:
+        for has_window in (False, True):
+            for kind in (Kind.LAST, Kind.DOCUMENTS):
+                assert is_right("flash", replace(case, kind=kind, has_window=has_window))
+        assert is_right("flash", replace(case, has_window=True))
+    finally:
+        library._destroy()
+
+
 def test_a_kernel_that_cannot_run_is_not_chosen():
     for name in ("cudnn", "efficient"):
         assert not is_right(name, CASE)
@@ -72,6 +88,16 @@ def test_a_kernel_that_cannot_run_is_not_chosen():
 def shifted(by, q, k, v, window, scale):
     """Attention whose window is off."""
     return dense(q, k, v, window + by, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("has_window", [False, True])
+@pytest.mark.parametrize("group", [1, 8])
+def test_the_flash_of_this_gpu_is_right(kind, has_window, group):
+    cuda = torch.device("cuda")
+    case = replace(CASE, device=cuda, key_dim=128, value_dim=128, group=group, kind=kind)
+    assert is_right("flash", replace(case, has_window=has_window))
 
 
 @pytest.mark.parametrize("by", [-1, 1])
