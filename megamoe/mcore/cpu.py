@@ -189,6 +189,37 @@ def _patch_split_sizes() -> None:
     torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]
 
 
+def _patch_uneven_shares() -> None:
+    """Gather and scatter shares of different lengths: NCCL does, gloo only equal ones."""
+    distributed: Any = torch.distributed
+    gather, scatter = distributed.all_gather, distributed.reduce_scatter
+
+    @functools.wraps(gather)
+    def all_gather(outputs: list[torch.Tensor], x: torch.Tensor, group: Any, **options: Any) -> Any:
+        if _are_equal(outputs):
+            return gather(outputs, x, group=group, **options)
+        outputs[distributed.get_rank(group)].copy_(x)
+        for rank, output in enumerate(outputs):
+            distributed.broadcast(output, group_src=rank, group=group)
+        return None
+
+    @functools.wraps(scatter)
+    def reduce_scatter(output: torch.Tensor, shares: list[torch.Tensor], group: Any) -> Any:
+        if _are_equal(shares):
+            return scatter(output, shares, group=group)
+        sums = [share.clone() for share in shares]
+        for rank, share in enumerate(sums):
+            distributed.reduce(share, group_dst=rank, group=group)
+        output.copy_(sums[distributed.get_rank(group)])
+        return None
+
+    distributed.all_gather, distributed.reduce_scatter = all_gather, reduce_scatter
+
+
+def _are_equal(shares: list[torch.Tensor]) -> bool:
+    return len({share.shape for share in shares}) == 1
+
+
 def _as_ints(sizes: Any) -> list[int] | None:
     return None if sizes is None else [int(size) for size in sizes]
 
@@ -242,6 +273,11 @@ PATCHES = (
         "split_sizes",
         "tensor_parallel/mappings.py: torch.distributed.all_to_all_single(",
         _patch_split_sizes,
+    ),
+    Patch(
+        "uneven_shares",
+        "tensor_parallel/mappings.py: torch.distributed.all_gather(output_tensor_list, input_",
+        _patch_uneven_shares,
     ),
 )
 _ENABLED: list[bool] = []

@@ -17,7 +17,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.tensor_parallel.mappings import all_to_all
+    from megatron.core.tensor_parallel.mappings import (
+        all_to_all,
+        gather_from_sequence_parallel_region,
+    )
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -47,6 +50,8 @@ def watched() -> dict[str, object]:
         **{f"torch.cuda.{name}": getattr(torch.cuda, name) for name in cuda + random},
         **{f"torch.Tensor.{name}": getattr(torch.Tensor, name) for name in methods},
         "all_to_all_single": torch.distributed.all_to_all_single,
+        "all_gather": torch.distributed.all_gather,
+        "reduce_scatter": torch.distributed.reduce_scatter,
     }
 
 
@@ -88,6 +93,7 @@ def leave_out(name: str | None) -> dict[str, object]:
         _train_and_save()
         _share_embedding()
         _exchange_tokens()
+        _gather_tokens()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"error": None}
@@ -139,6 +145,29 @@ def _exchange_tokens() -> None:
     sizes = torch.tensor([1, 2], dtype=torch.int32)
     all_to_all(torch.distributed.group.WORLD, torch.zeros(3, 4), sizes, sizes)
     torch.distributed.destroy_process_group()
+
+
+def _gather_tokens() -> None:
+    """Be two ranks, with one token and two, that gather all and scatter the sums."""
+    folder = tempfile.mkdtemp(dir=sys.argv[1])
+    child = os.fork()
+    rank = 0 if child else 1
+    try:
+        store = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        world, sizes = torch.distributed.group.WORLD, [1, 2]
+        tokens = torch.full((sizes[rank], 4), float(rank))
+        tokens.requires_grad_()
+        gathered = gather_from_sequence_parallel_region(
+            tokens, group=world, output_split_sizes=sizes
+        )
+        assert gathered[:, 0].tolist() == [0, 1, 1]
+        (gathered * (1 + rank)).sum().backward()
+        assert (tokens.grad == 3).all()
+    finally:
+        if not child:
+            os._exit(0)
+        os.waitpid(child, 0)
 
 
 def _in_fork(probe: Callable[[], dict[str, object]]) -> dict[str, object]:
