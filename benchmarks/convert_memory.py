@@ -62,7 +62,17 @@ def _write(name: str, num_layers: int, folder: Path) -> None:
     from megamoe.recipe.load import load_recipe
 
     recipe = load_recipe(name).recipe
-    layout = Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=1)
+    layout = Layout(
+        tp=1,
+        pp=1,
+        vpp=1,
+        cp=1,
+        cp_scheme="auto",
+        ep=1,
+        etp=1,
+        dispatcher="all_to_all",
+        micro_batch=1,
+    )
     stage = replace(recipe.stages[0], layout=layout)
     model = replace(recipe.model, num_layers=num_layers)
     assumed = tuple(path for path in recipe.assumed if path.startswith(("model.", "optimizer.")))

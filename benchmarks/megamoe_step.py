@@ -72,7 +72,15 @@ def make_plan(recipe: Recipe, num_layers: int, load: Load, device: torch.device)
     """Return a plan of the recipe's first stage on one device, in bfloat16, without data."""
     stage = recipe.stages[0]
     ones = Layout(
-        tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=load.micro_batch
+        tp=1,
+        pp=1,
+        vpp=1,
+        cp=1,
+        cp_scheme="auto",
+        ep=1,
+        etp=1,
+        dispatcher="all_to_all",
+        micro_batch=load.micro_batch,
     )
     stage = replace(
         stage,

@@ -25,7 +25,15 @@ from megamoe.errors import LaunchError
 from megamoe.plan.json import differences, digest, read_plan, write_plan, write_text_atomically
 from megamoe.plan.plan import Plan
 
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "triton", "flash-attn")
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "numpy",
+    "triton",
+    "flash-attn",
+    "deep-ep",
+)
 _MAX_SHOWN = 3
 
 

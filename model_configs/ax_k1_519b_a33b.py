@@ -97,6 +97,7 @@ GENERAL = Stage(
         cp_scheme="auto",  # not published: by cost
         ep=8,  # report 3.4
         etp=1,  # report 3.4: no tensor parallelism
+        dispatcher="deepep",  # report 3.4
         micro_batch=1,  # not published
     ),
 )

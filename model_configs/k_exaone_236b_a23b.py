@@ -69,6 +69,7 @@ FOUNDATION = Stage(
         cp_scheme="auto",
         ep=32,
         etp=1,
+        dispatcher="all_to_all",
         micro_batch=1,
     ),
 )

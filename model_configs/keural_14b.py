@@ -62,6 +62,7 @@ STAGE_1 = Stage(
         cp_scheme="auto",
         ep=8,
         etp=1,
+        dispatcher="all_to_all",
         micro_batch=1,
     ),
 )

@@ -75,6 +75,7 @@ GENERAL = Stage(
         cp_scheme="auto",
         ep=8,
         etp=1,
+        dispatcher="all_to_all",
         micro_batch=1,
     ),
 )

@@ -68,9 +68,10 @@ OPTIONAL = (
         name="DeepEP",
         modules=("deep_ep",),
         distributions=("deep-ep",),
-        use="sending tokens to experts on other GPUs",
-        is_used=False,
-        instead="all-to-all of NCCL or gloo",
+        use="sending tokens to experts on other GPUs, where a layout has dispatcher 'deepep' or, of its "
+        "branch hybrid-ep, 'hybridep'",
+        is_used=True,
+        instead="all_to_all, with the same result",
     ),
     Component(
         name="flash-attn 3",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megamoe.mcore.dispatchers import dispatcher_options
 from megamoe.plan.layout import last_rank_layers
 from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import GQA, MLA, Fp32, Model
@@ -101,7 +102,7 @@ def _experts(model: Model, segment: Segment) -> dict[str, Any]:
             router.global_aux_loss,
         ],
         "moe_z_loss_coeff": router.z_loss or None,
-        "moe_token_dispatcher_type": "alltoall",
+        **dispatcher_options(segment.layout),
     }
 
 

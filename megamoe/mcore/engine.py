@@ -16,6 +16,7 @@ from megamoe.checkpoints import folder as files
 from megamoe.errors import CheckpointError, TrainingError
 from megamoe.mcore import checkpoint, groups
 from megamoe.mcore.data import Batch, HeldoutText, TrainingText
+from megamoe.mcore.dispatchers import settle_dispatcher
 from megamoe.mcore.measure import Measures, measure
 from megamoe.mcore.model import build_model, unwrap
 from megamoe.mcore.optim import build_optimizer, set_learning_rate
@@ -40,6 +41,8 @@ class Engine:
         """
         check_trainable(plan)
         self.plan = plan
+        # From here on the segment is as it can be run; `notes` say what the plan asked for instead.
+        segment, self.notes = settle_dispatcher(plan, segment)
         self.segment = segment
         self.folder = run_dir / "checkpoints"
         self.digest = digest(plan)

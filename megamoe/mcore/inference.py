@@ -22,7 +22,9 @@ from megamoe.nn.cache import Cache
 from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import Layout
 
-_WHOLE = Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=1)
+_WHOLE = Layout(
+    tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, dispatcher="all_to_all", micro_batch=1
+)
 
 
 @contextmanager

@@ -65,7 +65,17 @@ def one_process_plan(recipe: Recipe) -> Plan:
     """
     for problem in model_problems(recipe.model):
         raise PlanError(f"{recipe.name}: {problem}; or count by --formula alone")
-    layout = Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=1)
+    layout = Layout(
+        tp=1,
+        pp=1,
+        vpp=1,
+        cp=1,
+        cp_scheme="auto",
+        ep=1,
+        etp=1,
+        dispatcher="all_to_all",
+        micro_batch=1,
+    )
     stage = replace(recipe.stages[0], layout=layout, precision=Bf16())
     cluster = Cluster(
         name="meta",

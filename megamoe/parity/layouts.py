@@ -12,7 +12,10 @@ from megamoe.recipe.layout import Layout
 # What `megamoe parity` compares where no layouts are named: every axis, and what meets in pairs.
 DEFAULT = "dp2,tp2,pp2,pp2xvpp2,ep4,cp2,cp4,tp2xpp2,ep2xpp2,cp2xep2,tp2xcp2xep2,dp2xpp2xep2,tp2xpp2xcp2xep2"
 _AXES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
-_SCHEMES = next(get_args(item.type) for item in fields(Layout) if item.name == "cp_scheme")
+# Fields of a layout that are words: a word of a layout is the value of one of them.
+_FIELDS = {item.name: item.type for item in fields(Layout)}
+_WORDS = dict.fromkeys(get_args(_FIELDS["cp_scheme"]), "cp_scheme")
+_WORDS |= dict.fromkeys(("all_gather", "all_to_all"), "dispatcher")  # the others need a GPU
 _WORD = re.compile(r"([a-z]+)([1-9][0-9]*)")
 
 
@@ -43,40 +46,41 @@ def parse_layouts(text: str, micro_batch: int) -> tuple[Grid, ...]:
 
 def one_process(micro_batch: int) -> Grid:
     """Return the layout that the others are compared with."""
-    return Grid(name="one", layout=_layout({}, "auto", micro_batch), world_size=1)
+    return Grid(name="one", layout=_layout({}, {}, micro_batch), world_size=1)
 
 
 def _parse(name: str, micro_batch: int) -> Grid:
     sizes: dict[str, int] = {}
-    scheme = "auto"
+    words: dict[str, str] = {}
     for word in name.split("x"):
-        if word in _SCHEMES:
-            scheme = word
+        if word in _WORDS:
+            words[_WORDS[word]] = word
             continue
         match = _WORD.fullmatch(word)
         if match is None or match[1] not in _AXES:
             axis = match[1] if match else word
             raise PlanError(
                 f"--layouts: {word!r} in {name!r} is no axis with a size, such as tp2"
-                + nearest(axis, [*_AXES, *_SCHEMES])
+                + nearest(axis, [*_AXES, *_WORDS])
             )
         if match[1] in sizes:
             raise PlanError(f"--layouts: {name!r} has {match[1]} twice; give it once")
         sizes[match[1]] = int(match[2])
-    layout = _layout(sizes, scheme, micro_batch)
+    layout = _layout(sizes, words, micro_batch)
     dense = layout.tp * layout.pp * layout.cp
     least = math.lcm(dense, layout.etp * layout.ep * layout.pp) // dense
     return Grid(name=name, layout=layout, world_size=dense * sizes.get("dp", least))
 
 
-def _layout(sizes: dict[str, int], scheme: str, micro_batch: int) -> Layout:
+def _layout(sizes: dict[str, int], words: dict[str, str], micro_batch: int) -> Layout:
     return Layout(
         tp=sizes.get("tp", 1),
         pp=sizes.get("pp", 1),
         vpp=sizes.get("vpp", 1),
         cp=sizes.get("cp", 1),
-        cp_scheme=scheme,  # type: ignore[arg-type]  # one of _SCHEMES
+        cp_scheme=words.get("cp_scheme", "auto"),  # type: ignore[arg-type]  # one of _WORDS
         ep=sizes.get("ep", 1),
         etp=sizes.get("etp", 1),
+        dispatcher=words.get("dispatcher", "all_to_all"),  # type: ignore[arg-type]
         micro_batch=micro_batch,
     )

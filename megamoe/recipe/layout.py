@@ -15,6 +15,10 @@ class Layout(Checked):
     layers are sequence parallel. `cp` ranks share each sequence, each with a row of its tokens:
     layers with a window exchange the window's edge; the others do what `cp_scheme` says
     (megamoe/nn/context_parallel.py), "auto" what costs least by estimate.
+
+    `dispatcher` brings tokens to the experts of other ranks, where ep or etp is above 1: each rank
+    gathers all tokens, or they go where they are needed, by all-to-all or by a library for GPUs.
+    The result is the same. A run that lacks the library uses all-to-all (megamoe/mcore/dispatchers.py).
     """
 
     tp: PositiveInt
@@ -24,6 +28,7 @@ class Layout(Checked):
     cp_scheme: Literal["auto", "heads", "ring", "gather"]
     ep: PositiveInt
     etp: PositiveInt
+    dispatcher: Literal["all_gather", "all_to_all", "deepep", "hybridep"]
     micro_batch: PositiveInt  # sequences per rank and micro-batch
 
     def check(self) -> None:

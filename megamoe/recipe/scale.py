@@ -75,6 +75,7 @@ RULES = (
     ),
     ("*.precision*", "float32, for a processor"),
     ("*.layout.micro_batch", f"about {MICRO_TOKENS:,} tokens, {MIN_MICRO_BATCHES} or more a step"),
+    ("*.layout.dispatcher", "needs no GPU"),
     ("*.layout.*", "1: any number of ranks is data parallel"),
 )
 
@@ -255,7 +256,17 @@ def _layout(seq_len: int, batch_divisor: int) -> Layout:
         and batch_divisor % (2 * micro_batch * MIN_MICRO_BATCHES) == 0
     ):
         micro_batch *= 2
-    return Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=micro_batch)
+    return Layout(
+        tp=1,
+        pp=1,
+        vpp=1,
+        cp=1,
+        cp_scheme="auto",
+        ep=1,
+        etp=1,
+        dispatcher="all_to_all",
+        micro_batch=micro_batch,
+    )
 
 
 def _multiple(value: float, of: int) -> int:

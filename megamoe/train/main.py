@@ -66,7 +66,8 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
         is_first = int(os.environ["RANK"]) == 0
         recording = recording_from_args(args)
         if is_first:
-            sys.stdout.writelines(f"{line}\n" for line in describe(plan, segment))
+            lines = (*describe(plan, segment), *engine.notes)
+            sys.stdout.writelines(f"{line}\n" for line in lines)
         with ExitStack() as stack:
             stack.enter_context(closing(engine))
             recorders = (

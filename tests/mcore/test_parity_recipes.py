@@ -30,12 +30,13 @@ FAST = {
     "vaetki_20b_a2b": "tp2",
     "vaetki_100b_a10b": "cp2xep2",
     "k_exaone_236b_a23b": "tp2,ep2xpp2,cp2xring",
-    "keural_14b": "pp2,tp2xcp2",
-    "ax_k1_519b_a33b": "tp2xetp2,pp2xvpp2",
+    "keural_14b": "pp2,tp2xcp2,ep2xall_gather",
+    "ax_k1_519b_a33b": "tp2xep2xetp2,pp2xvpp2",
 }
-SCHEMES = "cp2xheads,cp2xring,cp4xgather,tp2xetp2,tp2xcp2xep8"
+SCHEMES = "cp2xheads,cp2xring,cp4xgather,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8"
+GATHERED = "ep4xall_gather,tp2xetp2xall_gather,tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather"
 FULL = {
-    name: f"{DEFAULT},{SCHEMES},{FIVE}" if name == "k_exaone_236b_a23b" else DEFAULT
+    name: f"{DEFAULT},{SCHEMES},{GATHERED},{FIVE}" if name == "k_exaone_236b_a23b" else DEFAULT
     for name in recipe_names()
 }
 

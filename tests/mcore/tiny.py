@@ -108,7 +108,9 @@ DUAL = replace(
     mtp=Mtp(num_layers=1, ffn="moe"),
 )
 
-LAYOUT = Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=2)
+LAYOUT = Layout(
+    tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, dispatcher="all_to_all", micro_batch=2
+)
 ROUTER = Router(
     aux_loss=1e-2,
     sequence_aux_loss=1e-2,

@@ -39,12 +39,19 @@ def test_a_scheme_of_context_parallelism_can_be_named():
     assert automatic.layout.cp_scheme == "auto"
 
 
+def test_a_dispatcher_can_be_named():
+    gathered, plain = parse_layouts("tp2xep2xall_gather,ep2", MICRO_BATCH)
+    assert (gathered.layout.ep, gathered.layout.dispatcher) == (2, "all_gather")
+    assert plain.layout.dispatcher == "all_to_all"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("tp2,qp2", "--layouts: 'qp2' in 'qp2' is no axis with a size, such as tp2; did you mean"),
         ("tp", "--layouts: 'tp' in 'tp' is no axis with a size, such as tp2; did you mean 'tp'?"),
         ("", "--layouts: '' in '' is no axis with a size, such as tp2; known: "),
+        ("ep2xdeepep", "--layouts: 'deepep' in 'ep2xdeepep' is no axis with a size, such as tp2"),
         ("tp0", "--layouts: 'tp0' in 'tp0' is no axis with a size, such as tp2"),
         ("tp2xtp4", "--layouts: 'tp2xtp4' has tp twice; give it once"),
         ("cp2,tp2,cp2", "--layouts: 'cp2' is there twice; give it once"),

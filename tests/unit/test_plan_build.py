@@ -49,7 +49,17 @@ GENERAL = Stage(
     mtp_loss=None,
     rope_interpolation=1,
     precision=Bf16(),
-    layout=Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=2, etp=1, micro_batch=2),
+    layout=Layout(
+        tp=1,
+        pp=1,
+        vpp=1,
+        cp=1,
+        cp_scheme="auto",
+        ep=2,
+        etp=1,
+        dispatcher="all_to_all",
+        micro_batch=2,
+    ),
 )
 RECIPE = Recipe(
     name="small",

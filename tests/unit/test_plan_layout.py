@@ -10,7 +10,9 @@ from megamoe.plan.layout import last_rank_layers, layout_text
 from megamoe.recipe import GQA, Fp8Block, Fp8Delayed, Layout
 from tests.unit.test_plan_build import CPU, GENERAL, RECIPE
 
-ONES = Layout(tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=1)
+ONES = Layout(
+    tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, dispatcher="all_to_all", micro_batch=1
+)
 
 
 def plan(cluster=CPU, world_size=2, model=RECIPE.model, layout=ONES, **stage_values):

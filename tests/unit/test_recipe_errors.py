@@ -68,8 +68,9 @@ def typo(field: str, rng: random.Random) -> str:
 def typos() -> list[Mutation]:
     rng, made = random.Random(1), []
     for name in SOURCES:
-        # a typo in a short name, such as `cpp`, is as near to other names
-        lines = [line for line in keyword_lines(name) if len(line[1]) > 3]
+        # a typo in a short name, such as `cpp`, is as near to other names, and `bet1a` to beta2
+        names = [line for line in keyword_lines(name) if len(line[1]) > 3]
+        lines = [line for line in names if not line[1][-1].isdigit()]
         for index, field, value in rng.sample(lines, 20):
             wrong = typo(field, rng)
             line = SOURCES[name].splitlines()[index].replace(f"{field}=", f"{wrong}=", 1)

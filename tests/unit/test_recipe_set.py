@@ -69,10 +69,18 @@ def test_values_that_need_each_other_go_in_any_order(order: tuple[int, ...]):
 
 
 def test_a_whole_object_and_one_of_its_fields_can_both_be_set():
-    whole = "general.layout=Layout(tp=1,pp=2,vpp=1,cp=1,cp_scheme='auto',ep=1,etp=1,micro_batch=4)"
+    whole = "general.layout=Layout(tp=1,pp=2,vpp=1,cp=1,cp_scheme='auto',ep=1,etp=1,dispatcher='all_to_all',micro_batch=4)"
     loaded = changed(whole, "general.layout.pp=3")
     assert stage(loaded, "general").layout == Layout(
-        tp=1, pp=3, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, micro_batch=4
+        tp=1,
+        pp=3,
+        vpp=1,
+        cp=1,
+        cp_scheme="auto",
+        ep=1,
+        etp=1,
+        dispatcher="all_to_all",
+        micro_batch=4,
     )
     assert loaded.origins["general.layout.pp"].text == "--set general.layout.pp=3"
     assert loaded.origins["general.layout.tp"].text == f"--set {whole}"
