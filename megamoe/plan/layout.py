@@ -1,15 +1,20 @@
 """Checks that a stage's layout fits the model and the cluster."""
 
-import math
+from collections.abc import Callable
+from dataclasses import replace
 
 from megamoe.errors import PlanError
 from megamoe.plan.cluster import Cluster
+from megamoe.plan.nearest import Asked, axes_text, remedies
 from megamoe.plan.plan import Segment
 from megamoe.recipe.layout import Layout
 from megamoe.recipe.model import GQA, Model
-from megamoe.recipe.precision import Fp8Block, Fp8Delayed
+from megamoe.recipe.precision import Fp8Block, Fp8Delayed, Fp32
 from megamoe.recipe.recipe import Recipe
 from megamoe.recipe.stage import Stage
+
+# DeepEP 1.2.1 deep_ep/buffer.py:232, get_dispatch_config: sizes of groups that it is built for.
+_DEEPEP_RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
 
 
 def settle_dp(recipe: Recipe, stage: Stage, cluster: Cluster) -> int:
@@ -24,38 +29,71 @@ def settle_dp(recipe: Recipe, stage: Stage, cluster: Cluster) -> int:
             f"{place}: precision {type(stage.precision).__name__} needs a Hopper GPU, and cluster "
             f"{cluster.name!r} has none; use --scale tiny or --set '{stage.name}.precision=Bf16()'"
         )
-    dp = _check_world(place, stage, cluster)
-    _check_model(place, recipe.model, stage)
-    _check_sequence(place, stage)
-    _check_pipeline(place, recipe.model, stage)
-    _check_batches(place, stage, dp)
-    return dp
+    try:
+        _check_layout(place, recipe.model, stage, cluster)
+    except PlanError as error:
+        raise PlanError(f"{error}{_remedies(recipe.model, stage, cluster)}") from None
+    return cluster.world_size // (stage.layout.tp * stage.layout.pp * stage.layout.cp)
 
 
 def layout_text(segment: Segment) -> str:
     """Return the axes of the rank grid that are in use: 'dp64 pp4 ep8'."""
-    axes = ("tp", "pp", "vpp", "cp", "ep", "etp")
-    sizes = [(axis, getattr(segment.layout, axis)) for axis in axes]
-    return " ".join([f"dp{segment.dp}", *(f"{axis}{size}" for axis, size in sizes if size > 1)])
+    return axes_text(segment.dp, segment.layout)
 
 
-def _check_world(place: str, stage: Stage, cluster: Cluster) -> int:
+def _check_layout(place: str, model: Model, stage: Stage, cluster: Cluster) -> None:
+    """Raise PlanError with what does not fit, and no remedy."""
+    _check_world(place, stage, cluster)
+    _check_shape(place, model, stage)
+    _check_batches(place, stage, cluster)
+    _check_dispatcher(place, stage, cluster)
+
+
+def _check_shape(place: str, model: Model, stage: Stage) -> None:
+    """Check what depends on neither the cluster nor the batches."""
+    _check_model(place, model, stage)
+    _check_sequence(place, stage)
+    _check_pipeline(place, model, stage)
+
+
+def _remedies(model: Model, stage: Stage, cluster: Cluster) -> str:
+    def fits(stage: Stage, world_size: int) -> bool:
+        world = replace(cluster, num_nodes=1, devices_per_node=world_size)
+        return _passes(lambda: _check_layout("", model, stage, world))
+
+    asked = Asked(
+        stage=stage,
+        world_size=cluster.world_size,
+        devices_per_node=cluster.devices_per_node if cluster.num_nodes > 1 else 1,
+        num_routed=model.experts.num_routed,
+        fits=fits,
+        suits=lambda stage: _passes(lambda: _check_shape("", model, stage)),
+    )
+    return remedies(asked)
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except PlanError:
+        return False
+    return True
+
+
+def _check_world(place: str, stage: Stage, cluster: Cluster) -> None:
     world, layout = cluster.world_size, stage.layout
-    unit = "GPUs" if cluster.device == "cuda" else "processes"
     dense = layout.tp * layout.pp * layout.cp
     experts = layout.etp * layout.ep * layout.pp
-    both = math.lcm(dense, experts)
     if world % dense:
         raise PlanError(
             f"{place}: world size {world} is not a multiple of tp {layout.tp} x pp {layout.pp} x "
-            f"cp {layout.cp} = {dense}; use {_multiples(world, both)} {unit}"
+            f"cp {layout.cp} = {dense}"
         )
     if world % experts:
         raise PlanError(
             f"{place}: world size {world} is not a multiple of etp {layout.etp} x ep {layout.ep} x "
-            f"pp {layout.pp} = {experts}; use {_multiples(world, both)} {unit}"
+            f"pp {layout.pp} = {experts}"
         )
-    return world // dense
 
 
 def _check_model(place: str, model: Model, stage: Stage) -> None:
@@ -69,17 +107,14 @@ def _check_model(place: str, model: Model, stage: Stage) -> None:
         ("experts.ffn_dim", model.experts.ffn_dim, "etp", etp),
     ):
         if size % ways:
-            raise PlanError(
-                f"{place}: model.{name} {size:,} is not a multiple of {axis} {ways}; "
-                f"use {axis} {_largest_divisor(size, ways)}"
-            )
+            raise PlanError(f"{place}: model.{name} {size:,} is not a multiple of {axis} {ways}")
     _check_shared_heads(place, model, stage.layout)
     if isinstance(model.attention, GQA):
         kv_heads = model.attention.num_kv_heads
         if kv_heads % tp and tp % kv_heads:
             raise PlanError(
                 f"{place}: model.attention.num_kv_heads {kv_heads} is neither a multiple nor a "
-                f"divisor of tp {tp}; use tp {_largest_divisor(kv_heads, tp)}"
+                f"divisor of tp {tp}"
             )
 
 
@@ -92,15 +127,14 @@ def _check_shared_heads(place: str, model: Model, layout: Layout) -> None:
     if heads % cp:
         raise PlanError(
             f"{place}: cp_scheme 'heads' deals {heads} heads of a rank to cp {cp}, which does not "
-            f"divide them; use cp {_largest_divisor(heads, cp)}, or cp_scheme 'ring'"
+            "divide them"
         )
     if isinstance(attention, GQA):
         kv_heads = max(1, attention.num_kv_heads // layout.tp)
         if kv_heads % cp and cp % kv_heads:
             raise PlanError(
                 f"{place}: cp_scheme 'heads' deals {kv_heads} key-value heads of a rank to cp {cp}, "
-                f"which is neither a multiple nor a divisor; use cp {_largest_divisor(kv_heads, cp)}, "
-                "or cp_scheme 'ring'"
+                "which is neither a multiple nor a divisor"
             )
 
 
@@ -109,10 +143,7 @@ def _check_sequence(place: str, stage: Stage) -> None:
     unit = tp * cp  # a rank of cp has a row of tokens, which sequence parallel splits by tp
     if stage.seq_len % unit:
         both = f"cp {cp} x tp {tp} = {unit}" if cp > 1 else f"tp {tp}"
-        raise PlanError(
-            f"{place}: seq_len {stage.seq_len:,} is not a multiple of {both}; "
-            f"use {_multiples(stage.seq_len, unit)} tokens"
-        )
+        raise PlanError(f"{place}: seq_len {stage.seq_len:,} is not a multiple of {both}")
 
 
 def last_rank_layers(num_layers: int, layout: Layout) -> int:
@@ -129,34 +160,38 @@ def _check_pipeline(place: str, model: Model, stage: Stage) -> None:
     pp, vpp = stage.layout.pp, stage.layout.vpp
     uneven = vpp == 1 and last_rank_layers(model.num_layers, stage.layout) >= 1
     if model.num_layers % (pp * vpp) and not uneven:
-        known = sorted(n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0)
-        near = sorted(known, key=lambda n: abs(n - pp * vpp))[:2]
         raise PlanError(
             f"{place}: num_layers {model.num_layers} is not a multiple of pp {pp} x vpp {vpp} = "
-            f"{pp * vpp}; use pp x vpp = {' or '.join(str(n) for n in sorted(near))}"
+            f"{pp * vpp}"
         )
 
 
-def _check_batches(place: str, stage: Stage, dp: int) -> None:
+def _check_batches(place: str, stage: Stage, cluster: Cluster) -> None:
     layout = stage.layout
-    per_micro_batch = layout.micro_batch * dp
+    dp = cluster.world_size // (layout.tp * layout.pp * layout.cp)
     # an interleaved pipeline hands micro-batches on in rounds of pp
-    unit = per_micro_batch * (layout.pp if layout.vpp > 1 else 1)
+    unit = layout.micro_batch * dp * (layout.pp if layout.vpp > 1 else 1)
     rounds = f" x pp {layout.pp} (interleaved)" if layout.vpp > 1 else ""
     for start, size in stage.batch_ramp:
         if size % unit:
             raise PlanError(
                 f"{place}: batch_ramp entry ({start:,}, {size:,}): {size:,} sequences are not a "
-                f"multiple of micro_batch {layout.micro_batch} x dp {dp}{rounds} = {unit:,}; "
-                f"use {_multiples(size, unit)} sequences, or a layout with another dp"
+                f"multiple of micro_batch {layout.micro_batch} x dp {dp}{rounds} = {unit:,}"
             )
 
 
-def _multiples(value: int, unit: int) -> str:
-    """Return the multiples of `unit` around `value`: '16 or 32'."""
-    below = value // unit * unit
-    return f"{below:,} or {below + unit:,}" if below else f"{unit:,}"
-
-
-def _largest_divisor(size: int, limit: int) -> int:
-    return max(n for n in range(1, limit + 1) if size % n == 0)
+def _check_dispatcher(place: str, stage: Stage, cluster: Cluster) -> None:
+    """Check what the libraries for GPUs can send; without a GPU or the library none is used."""
+    layout = stage.layout
+    ranks = layout.ep * layout.etp
+    if ranks == 1 or cluster.device == "cpu" or layout.dispatcher not in ("deepep", "hybridep"):
+        return
+    if isinstance(stage.precision, Fp32):
+        raise PlanError(
+            f"{place}: dispatcher {layout.dispatcher!r} sends bfloat16, and precision is Fp32"
+        )
+    if layout.dispatcher == "deepep" and ranks not in _DEEPEP_RANKS:
+        raise PlanError(
+            f"{place}: dispatcher 'deepep' has no kernel for ep {layout.ep} x etp {layout.etp} = "
+            f"{ranks} ranks, only for {', '.join(str(size) for size in _DEEPEP_RANKS)}"
+        )

@@ -140,5 +140,5 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "megamoe: error: layout tp8: vaetki_7b_a1b/general: model.attention.num_heads 4 is not a "
-        "multiple of tp 8; use tp 4\n"
+        "multiple of tp 8; nearest possible layout: dp2 tp4\n"
     )

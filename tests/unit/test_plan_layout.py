@@ -28,25 +28,25 @@ def plan(cluster=CPU, world_size=2, model=RECIPE.model, layout=ONES, **stage_val
             24,
             replace(ONES, tp=4, pp=4),
             "small/general: world size 24 is not a multiple of tp 4 x pp 4 x cp 1 = 16; "
-            "use 16 or 32 processes",
+            "use world size 16 or 32",
         ),
         (
             2,
             replace(ONES, tp=4),
             "small/general: world size 2 is not a multiple of tp 4 x pp 1 x cp 1 = 4; "
-            "use 4 processes",
+            "use world size 4; nearest possible layout: dp1 tp2",
         ),
         (
             6,
             replace(ONES, pp=2, ep=8),
             "small/general: world size 6 is not a multiple of etp 1 x ep 8 x pp 2 = 16; "
-            "use 16 processes",
+            "use world size 16",
         ),
         (
             36,
             replace(ONES, tp=3, ep=8),
             "small/general: world size 36 is not a multiple of etp 1 x ep 8 x pp 1 = 8; "
-            "use 24 or 48 processes",
+            "nearest possible layout on world size 32: dp8 tp4 ep8",
         ),
     ],
 )
@@ -56,20 +56,21 @@ def test_ranks_that_do_not_fill_the_grid(world_size, layout, message):
     assert str(caught.value) == message
 
 
-def test_gpus_are_called_gpus():
-    with pytest.raises(PlanError, match="use 4 GPUs"):
-        plan(cluster=replace(CPU, device="cuda"), world_size=2, layout=replace(ONES, tp=4))
+def test_other_world_sizes_are_whole_nodes():
+    model = replace(RECIPE.model, num_layers=6)
+    with pytest.raises(PlanError, match=r"world size 8 is not .* = 3; use world size 6 or 9;"):
+        plan(world_size=8, model=model, layout=replace(ONES, pp=3), batch_ramp=((0, 24),))
+    nodes = replace(CPU, num_nodes=2)
+    with pytest.raises(PlanError, match=r"world size 8 is not .* = 3; use world size 12;"):
+        plan(nodes, 4, model=model, layout=replace(ONES, pp=3), batch_ramp=((0, 24),))
 
 
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (replace(ONES, tp=8), "model.attention.num_heads 4 is not a multiple of tp 8; use tp 4"),
-        (
-            replace(ONES, etp=64),
-            "model.experts.ffn_dim 32 is not a multiple of etp 64; use etp 32",
-        ),
-        (replace(ONES, pp=3), "num_layers 4 is not a multiple of pp 3 x vpp 1 = 3; use pp x vpp"),
+        (replace(ONES, tp=8), "model.attention.num_heads 4 is not a multiple of tp 8"),
+        (replace(ONES, etp=64), "model.experts.ffn_dim 32 is not a multiple of etp 64"),
+        (replace(ONES, pp=3), "num_layers 4 is not a multiple of pp 3 x vpp 1 = 3"),
     ],
 )
 def test_model_sizes_that_an_axis_does_not_divide(layout, message):
@@ -103,13 +104,13 @@ def test_key_value_heads_are_split_or_repeated_evenly():
 @pytest.mark.parametrize(
     ("layout", "seq_len", "message"),
     [
-        (replace(ONES, tp=4), 63, "seq_len 63 is not a multiple of tp 4; use 60 or 64 tokens"),
+        (replace(ONES, tp=4), 63, "seq_len 63 is not a multiple of tp 4; use seq_len 60 or 64"),
         (
             replace(ONES, cp=4),
             63,
-            "is not a multiple of cp 4 x tp 1 = 4; use 60 or 64",
+            "is not a multiple of cp 4 x tp 1 = 4; use seq_len 60 or 64",
         ),
-        (replace(ONES, cp=4, tp=4), 24, "cp 4 x tp 4 = 16; use 16 or 32 tokens"),
+        (replace(ONES, cp=4, tp=4), 24, "cp 4 x tp 4 = 16; use seq_len 16 or 32"),
     ],
 )
 def test_sequences_that_cannot_be_split(layout, seq_len, message):
@@ -126,7 +127,7 @@ def test_heads_that_ranks_of_cp_cannot_share():
         plan(world_size=4, model=model, layout=layout, seq_len=64)
     model = replace(RECIPE.model, attention=replace(grouped, num_heads=6))
     with pytest.raises(
-        PlanError, match=r"6 heads of a rank to cp 4, .* use cp 3, or cp_scheme 'ring'"
+        PlanError, match="6 heads of a rank to cp 4, which does not divide them; nearest possible"
     ):
         plan(world_size=4, model=model, layout=layout, seq_len=64)
     assert plan(world_size=4, model=model, layout=replace(layout, cp_scheme="ring"), seq_len=64)
@@ -136,13 +137,18 @@ def test_every_batch_of_the_ramp_must_be_whole_micro_batches():
     with pytest.raises(PlanError) as caught:
         plan(world_size=4, layout=replace(ONES, micro_batch=2), batch_ramp=((0, 8), (9_000, 1_030)))
     assert "batch_ramp entry (9,000, 1,030): 1,030 sequences" in str(caught.value)
-    assert "micro_batch 2 x dp 4 = 8; use 1,024 or 1,032 sequences" in str(caught.value)
+    assert (
+        "micro_batch 2 x dp 4 = 8; use world size 1; use batch_ramp ((0, 8), (9_000, 1_032));"
+        in str(caught.value)
+    )
 
 
 def test_an_interleaved_pipeline_wants_rounds_of_pp_micro_batches():
     layout = replace(ONES, pp=2, vpp=2)
     assert plan(world_size=4, layout=layout, batch_ramp=((0, 8),)).segments[0].dp == 2
-    with pytest.raises(PlanError, match=r"x dp 2 x pp 2 \(interleaved\) = 4; use 4 or 8 sequences"):
+    with pytest.raises(
+        PlanError, match=r"x dp 2 x pp 2 \(interleaved\) = 4; use world size 2 or 6"
+    ):
         plan(world_size=4, layout=layout, batch_ramp=((0, 6),))
 
 
