@@ -24,15 +24,15 @@ def settle_dp(recipe: Recipe, stage: Stage, cluster: Cluster) -> int:
         PlanError: the stage cannot run on the cluster; says what would.
     """
     place = f"{recipe.name}/{stage.name}"
+    misfit = _problem(lambda: _check_layout(place, recipe.model, stage, cluster))
     if isinstance(stage.precision, (Fp8Delayed, Fp8Block)) and cluster.device == "cpu":
+        other = "" if misfit else f" or --set '{stage.name}.precision=Bf16()'"
         raise PlanError(
             f"{place}: precision {type(stage.precision).__name__} needs a Hopper GPU, and cluster "
-            f"{cluster.name!r} has none; use --scale tiny or --set '{stage.name}.precision=Bf16()'"
+            f"{cluster.name!r} has none; use --scale tiny{other}"
         )
-    try:
-        _check_layout(place, recipe.model, stage, cluster)
-    except PlanError as error:
-        raise PlanError(f"{error}{_remedies(recipe.model, stage, cluster)}") from None
+    if misfit:
+        raise PlanError(f"{misfit}{_remedies(recipe.model, stage, cluster)}")
     return cluster.world_size // (stage.layout.tp * stage.layout.pp * stage.layout.cp)
 
 
@@ -59,7 +59,7 @@ def _check_shape(place: str, model: Model, stage: Stage) -> None:
 def _remedies(model: Model, stage: Stage, cluster: Cluster) -> str:
     def fits(stage: Stage, world_size: int) -> bool:
         world = replace(cluster, num_nodes=1, devices_per_node=world_size)
-        return _passes(lambda: _check_layout("", model, stage, world))
+        return _problem(lambda: _check_layout("", model, stage, world)) is None
 
     asked = Asked(
         stage=stage,
@@ -67,17 +67,18 @@ def _remedies(model: Model, stage: Stage, cluster: Cluster) -> str:
         devices_per_node=cluster.devices_per_node if cluster.num_nodes > 1 else 1,
         num_routed=model.experts.num_routed,
         fits=fits,
-        suits=lambda stage: _passes(lambda: _check_shape("", model, stage)),
+        suits=lambda stage: _problem(lambda: _check_shape("", model, stage)) is None,
     )
     return remedies(asked)
 
 
-def _passes(check: Callable[[], None]) -> bool:
+def _problem(check: Callable[[], None]) -> str | None:
+    """Return what a check says against a stage; None: it passes."""
     try:
         check()
-    except PlanError:
-        return False
-    return True
+    except PlanError as error:
+        return str(error)
+    return None
 
 
 def _check_world(place: str, stage: Stage, cluster: Cluster) -> None:
