@@ -162,7 +162,7 @@ def test_an_interleaved_pipeline_wants_rounds_of_pp_micro_batches():
 def test_fp8_is_refused_where_there_is_no_gpu(precision):
     with pytest.raises(PlanError, match=r"use --scale tiny or --set 'general.precision=Bf16\(\)'"):
         plan(precision=precision)
-    with pytest.raises(PlanError, match="has none; use --scale tiny$"):
+    with pytest.raises(PlanError, match=r"has none; use --scale tiny$"):
         plan(precision=precision, layout=replace(ONES, tp=8))
     on_gpu = plan(cluster=replace(CPU, device="cuda"), precision=precision)
     assert on_gpu.segments[0].precision == precision
