@@ -32,6 +32,7 @@ from megamoe.plan.plan import Plan
 
 DISPATCHERS = ("all_to_all", "all_gather", "deepep", "hybridep")
 WORLD = 4
+MODEL = replace(tiny.GROUPED, num_layers=2, mtp=None)  # a layer without experts and one with
 AXES = {"tp": 2, "ep": 2, "etp": 2}  # tokens, experts and their matrices are spread
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plan = tiny.tiny_plan(
-            folder / "data", tiny.GROUPED, world_size=WORLD, dp=WORLD // layout.tp, layout=layout
+            folder / "data", MODEL, world_size=WORLD, dp=WORLD // layout.tp, layout=layout
         )
         children = [fork(plan, folder, rank) for rank in range(WORLD)]
         assert not any(os.waitpid(child, 0)[1] for child in children)
