@@ -74,6 +74,7 @@ GENERAL = Stage(
         ("others", 0.16),
     ),
     fim_rate=0.0,  # report 3: none is mentioned
+    document_mask=False,  # not published: what Megatron-LM does by default
     router=Router(
         aux_loss=0.0,  # not published: which loss; per sequence, as in DeepSeek-V3
         sequence_aux_loss=1e-4,  # not published: value lost, "a weak signal" (report 3.3); of DeepSeek-V3
@@ -191,6 +192,7 @@ RECIPE = Recipe(
         "general.lr.peak",
         "general.lr.decay",
         "general.batch_ramp",
+        "general.document_mask",
         "general.router.aux_loss",
         "general.router.sequence_aux_loss",
         "general.router.global_aux_loss",

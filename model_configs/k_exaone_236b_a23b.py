@@ -48,6 +48,7 @@ FOUNDATION = Stage(
         ("code", 0.15),
     ),
     fim_rate=0.0,  # report 3.1: none is mentioned
+    document_mask=False,  # not published: what Megatron-LM does by default
     router=Router(
         aux_loss=0.0,  # report 3.1: the loss is per sequence
         sequence_aux_loss=1e-4,  # report 3.1
@@ -156,6 +157,7 @@ RECIPE = Recipe(
         "foundation.lr.decay",
         "foundation.batch_ramp",
         "foundation.mixture",
+        "foundation.document_mask",
         "foundation.precision",
         "foundation.layout",
         "expertise.tokens",

@@ -44,6 +44,7 @@ STAGE_1 = Stage(
         ("english", 0.4),
     ),
     fim_rate=0.0,  # script: none
+    document_mask=False,  # not published: what Megatron-LM does by default
     router=Router(
         aux_loss=0.02 / 24,  # script: 0.02, on the mean over 24 layers
         sequence_aux_loss=0.0,  # script: none
@@ -89,6 +90,7 @@ RECIPE = Recipe(
     assumed=(
         "stage_1.batch_ramp",
         "stage_1.mixture",
+        "stage_1.document_mask",
         "stage_1.layout",
         "stage_2.lr",
         "stage_2.batch_ramp",

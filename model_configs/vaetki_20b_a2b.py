@@ -52,6 +52,7 @@ GENERAL = Stage(
         ("code", 0.15),
     ),
     fim_rate=0.0,  # report 3.2: begins in the reasoning stage
+    document_mask=False,  # not published: what Megatron-LM does by default
     router=Router(
         aux_loss=1e-4,  # report 2.1
         sequence_aux_loss=0.0,  # report 2.1: two losses, neither per sequence
@@ -138,6 +139,7 @@ RECIPE = Recipe(
         "general.lr.warmup_tokens",
         "general.batch_ramp",
         "general.mixture",
+        "general.document_mask",
         "general.router.z_loss",
         "general.precision.amax_history",
         "general.layout",

@@ -131,7 +131,7 @@ def layer_index(router: Any, num_layers: int) -> int:
 
 
 def take_mtp_losses() -> Tensor | None:
-    """Return and forget the sums of mean prediction losses, one for each depth, if there are any."""
+    """Return and forget the sums of prediction losses, one for each depth, if there are any."""
     return MTPLossLoggingHelper.tracker.pop("values", None)
 
 
@@ -250,7 +250,7 @@ def _process_mtp_loss(  # noqa: PLR0913 - Megatron-core's call
     is_training: bool,
     compute_language_model_loss: Any,
     config: TransformerConfig,
-    cp_group: Any,
+    packed_seq_params: Tensor | None,
     **_: Any,
 ) -> Tensor:
     """Attach the losses of all depths to the decoder's hidden states, which it returns."""
@@ -261,11 +261,11 @@ def _process_mtp_loss(  # noqa: PLR0913 - Megatron-core's call
     scale = config.mtp_loss_scaling_factor / config.mtp_num_layers
     for depth, prediction in enumerate(predictions):
         logits, _ = output_layer(prediction, weight=output_weight)
-        labels = roll_tensor(labels, shifts=-1, dims=-1, cp_group=cp_group)[0]
-        mask_BS, num_tokens = roll_tensor(mask_BS, shifts=-1, dims=-1, cp_group=cp_group)
+        labels = roll_tensor(labels, packed_seq_params=packed_seq_params)[0]
+        mask_BS = roll_tensor(mask_BS, packed_seq_params=packed_seq_params)[0]
         losses_BS = mask_BS * compute_language_model_loss(labels, logits)
         if is_training:
-            _record(depth, config.mtp_num_layers, losses_BS.detach().sum() / num_tokens)
+            _record(depth, config.mtp_num_layers, losses_BS.detach().sum())
         hidden_states = MTPLossAutoScaler.apply(hidden_states, scale * losses_BS)
     return hidden_states
 

@@ -1,10 +1,14 @@
-"""Attention of a sequence that ranks share (cp): megamoe/nn/context_parallel.py in Megatron-core's layers.
+"""Attention of a sequence that ranks share (cp), or of documents: megamoe/nn/context_parallel.py in layers.
+
+Positions count on through a sequence, over its documents: what a query and a key make depends on
+the difference of their positions alone, with position interpolation and YaRN too (Su et al. 2021,
+eq. 16), and a query sees no key of another document.
 
 Rank r has tokens r * L up to (r + 1) * L, in a row. Megatron-core deals an early and a late chunk to
 each rank instead, in its rotary positions and its shift of tokens for multi-token prediction
 (megamoe/mcore/roll.py); both are replaced.
 
-Shapes: L tokens of this rank, B batch, D hidden.
+Shapes: S sequence, L tokens of this rank, B batch, D hidden.
 """
 
 from typing import Any
@@ -18,8 +22,16 @@ from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import begin, finish
 
 
-def share_latent(attention: Any, hidden_LBD: Tensor) -> tuple[Tensor, None]:
-    """Return the output of a LatentAttention; latents and positional keys are sent, not keys and values."""
+def share_latent(
+    attention: Any, hidden_LBD: Tensor, starts_SB: Tensor | None
+) -> tuple[Tensor, None]:
+    """Return the output of a LatentAttention; latents and positional keys are sent, not keys and values.
+
+    Args:
+        attention: the layer.
+        hidden_LBD: what it attends with; under sequence parallelism a part of the tokens.
+        starts_SB: where the document of each token begins; None: they see each other.
+    """
     config, core = attention.config, attention.core_attention
     heads = LatentHeads(
         num_heads=attention.num_attention_heads_per_partition,
@@ -35,12 +47,14 @@ def share_latent(attention: Any, hidden_LBD: Tensor) -> tuple[Tensor, None]:
     k_rope = rotate(k_rope[:, :, None])[:, :, 0]
     begun = begin(cp, layer, scheme_of(layer, groups.context_sharing()), (latent, k_rope))
     queries = latent_queries(attention, hidden_LBD, rotate)  # while latents are on their way
-    mixed = finish(begun, queries, attention.linear_kv_up_proj.weight)
+    mixed = finish(begun, queries, attention.linear_kv_up_proj.weight, starts_SB)
     return attention.linear_proj(mixed)
 
 
-def share_grouped(attention: Any, hidden_LBD: Tensor) -> tuple[Tensor, None]:
-    """Return the output of a GroupedAttention; keys and values are sent."""
+def share_grouped(
+    attention: Any, hidden_LBD: Tensor, starts_SB: Tensor | None
+) -> tuple[Tensor, None]:
+    """Return the output of a GroupedAttention; keys and values are sent. Arguments as above."""
     core = attention.core_attention
     q, k, v = attention.get_query_key_value_tensors(hidden_LBD)
     heads = GroupedHeads(
@@ -51,9 +65,8 @@ def share_grouped(attention: Any, hidden_LBD: Tensor) -> tuple[Tensor, None]:
     if attention.rotary is not None:
         rotate = rotation(attention, _positions(attention.rotary, len(q), cp.rank))
         q, k = rotate(q), rotate(k)
-    return attention.linear_proj(
-        finish(begin(cp, layer, scheme_of(layer, groups.context_sharing()), (k, v)), q)
-    )
+    begun = begin(cp, layer, scheme_of(layer, groups.context_sharing()), (k, v))
+    return attention.linear_proj(finish(begun, q, starts_SB=starts_SB))
 
 
 def _positions(embedding: Any, length: int, rank: int) -> Any:

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from megamoe.errors import DataError
 from megamoe.mcore import groups
+from megamoe.nn.context_group import ContextGroup
+from megamoe.nn.context_tokens import document_starts
 from megamoe.plan.plan import Data, Plan, Segment, Shard
 
-Batch = dict[str, Tensor]  # tokens, labels, loss_mask, position_ids: [B, S / cp]
+# tokens, labels, loss_mask, position_ids: [B, S / cp]; with a document mask also starts: [S, B], int32,
+# where the document of each token begins, of the whole sequence on every rank.
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class TrainingText:
             path_to_cache=str(cache),
             tokenizer=_Vocabulary(plan.data.vocab_size, plan.data.eod_id, plan.data.pad_id),
             reset_position_ids=False,
-            reset_attention_mask=False,
+            reset_attention_mask=False,  # documents are found in batches: `make_batch`
             eod_mask_loss=False,
             create_attention_mask=False,
         )
@@ -71,6 +75,7 @@ class TrainingText:
         self.samples = builder.build()[0]
         self.sources = [source.name for source in segment.sources]
         self.seq_len = segment.seq_len
+        self.end_id = _end_id(plan.data, segment)
 
     def tokens_drawn(self, sequences: int) -> tuple[tuple[str, int], ...]:
         """Return how many tokens the first `sequences` samples took from each source."""
@@ -90,17 +95,25 @@ class TrainingText:
         share = sequences // parallel_state.get_data_parallel_world_size()
         first = start + rank * share
         for index in range(first, first + share, micro_batch):
-            yield _batch([self.samples[i] for i in range(index, index + micro_batch)])
+            samples = [self.samples[i] for i in range(index, index + micro_batch)]
+            yield make_batch(samples, self.end_id)
 
 
 class Windows:
     """A text cut into windows; the last is padded and masked."""
 
-    def __init__(self, text: numpy.typing.NDArray[numpy.int64], seq_len: int, pad_id: int) -> None:
-        """Take the tokens; all but the first are predicted."""
+    def __init__(
+        self,
+        text: numpy.typing.NDArray[numpy.int64],
+        seq_len: int,
+        pad_id: int,
+        end_id: int | None = None,
+    ) -> None:
+        """Take the tokens; all but the first are predicted, and those that `make_batch` masks."""
         self.text = text
         self.seq_len = seq_len
         self.pad_id = pad_id
+        self.end_id = end_id
         self.num_windows = -(-(len(self.text) - 1) // seq_len)
 
     def micro_batches(self, count: int, micro_batch: int) -> Iterator[Batch]:
@@ -109,7 +122,8 @@ class Windows:
         world = parallel_state.get_data_parallel_world_size()
         for step in range(count):
             first = (step * world + rank) * micro_batch
-            yield _batch([self._window(i) for i in range(first, first + micro_batch)])
+            windows = [self._window(i) for i in range(first, first + micro_batch)]
+            yield make_batch(windows, self.end_id)
 
     def _window(self, index: int) -> dict[str, Tensor]:
         text = self.text[index * self.seq_len : (index + 1) * self.seq_len + 1]
@@ -130,11 +144,11 @@ class Windows:
 class HeldoutText(Windows):
     """Held-out text of one source, in windows."""
 
-    def __init__(self, data: Data, shard: Shard, seq_len: int, tokens: int) -> None:
-        """Read at most `tokens` tokens of the shard."""
+    def __init__(self, data: Data, shard: Shard, segment: Segment, tokens: int) -> None:
+        """Read at most `tokens` tokens of the shard; documents are masked as in training."""
         check_shard(Path(data.folder), shard)
         text = read_tokens(Path(data.folder) / shard.prefix, tokens)
-        super().__init__(text, seq_len, data.pad_id)
+        super().__init__(text, segment.seq_len, data.pad_id, _end_id(data, segment))
 
 
 def read_tokens(prefix: Path, tokens: int) -> numpy.typing.NDArray[numpy.int64]:
@@ -161,14 +175,35 @@ def check_shard(folder: Path, shard: Shard) -> None:
         )
 
 
-def _batch(samples: list[dict[str, Tensor]]) -> Batch:
+def make_batch(samples: list[dict[str, Tensor]], end_id: int | None) -> Batch:
+    """Return this rank's part of whole sequences, on its device.
+
+    Args:
+        samples: tokens, labels, loss_mask and position_ids of each, [S].
+        end_id: the token that ends a document, where documents are masked: after it begins another,
+            whose first token nothing foretells, so that there is no loss on the end token. None:
+            they are not.
+    """
     names = ("tokens", "labels", "loss_mask", "position_ids")
     device = torch.cuda.current_device()
     batch = {name: torch.stack([_own(sample[name]) for sample in samples]) for name in names}
+    if end_id is not None:
+        batch["loss_mask"] = batch["loss_mask"] * (batch["tokens"] != end_id)
+        batch["starts"] = _starts(torch.stack([sample["tokens"] for sample in samples]), end_id)
     if torch.cuda.is_available():
         # From pageable memory a copy would wait for all work queued on the GPU.
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _starts(tokens_BS: Tensor, end_id: int) -> Tensor:
+    """Return where the document of each token begins, [S, B]; each rank has read whole sequences."""
+    ends_SB = tokens_BS.T.eq(end_id).int()
+    return document_starts(ends_SB.cumsum(dim=0) - ends_SB, ContextGroup(None))
+
+
+def _end_id(data: Data, segment: Segment) -> int | None:
+    return data.eod_id if segment.document_mask else None
 
 
 def _own(whole_S: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from megamoe.mcore.dispatchers import settle_dispatcher
 from megamoe.mcore.measure import Measures, measure
 from megamoe.mcore.model import build_model, unwrap
 from megamoe.mcore.optim import build_optimizer, set_learning_rate
+from megamoe.mcore.roll import num_targets
 from megamoe.mcore.saver import Saver
 from megamoe.plan.json import digest
 from megamoe.plan.plan import Plan, Segment
@@ -200,7 +201,7 @@ class Engine:
         data = self.plan.data
         assert data is not None, "a plan without data cannot be trained"
         return [
-            (source, HeldoutText(data, shard, self.segment.seq_len, self.plan.eval_tokens))
+            (source, HeldoutText(data, shard, self.segment, self.plan.eval_tokens))
             for source, shard in data.heldout
         ]
 
@@ -234,15 +235,21 @@ def _forward_step(batches: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, p
         None,
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=batch.get("starts"),
     )
-    return losses_BS, partial(_loss, batch["loss_mask"])
+    return losses_BS, partial(_loss, batch, unwrap(chunk).config.mtp_num_layers or 0)
 
 
-def _loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the sum over real tokens, their number, and both for the metrics."""
+def _loss(
+    batch: Batch, mtp_depths: int, losses_BS: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the sum over real tokens, their number, and what the metrics need."""
+    mask_BS = batch["loss_mask"]
     loss = (losses_BS.float() * mask_BS).sum()
     num_tokens = mask_BS.sum().int()
-    return loss, num_tokens, {"loss": loss.detach(), "tokens": num_tokens}
+    mtp_targets = num_targets(mask_BS, mtp_depths, batch.get("starts"))
+    measured = {"loss": loss.detach(), "tokens": num_tokens, "mtp_targets": mtp_targets}
+    return loss, num_tokens, measured
 
 
 def _memory_bytes() -> int:

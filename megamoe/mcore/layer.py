@@ -125,13 +125,17 @@ class LatentAttention(SpecifiedLatentAttention):
         hidden_states: Tensor,
         attention_mask: None,
         inference_context: Cache | None = None,
+        packed_seq_params: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Attend as Megatron-core does; with a cache, to what it holds, too."""
+        """Attend as Megatron-core does; with a cache, to what it holds, too.
+
+        Where documents are masked, `packed_seq_params` says where each token's begins, [S, B].
+        """
         if inference_context is not None:
             return attend_latent(self, hidden_states, inference_context)
-        if self.pg_collection.cp.size() > 1:
-            return share_latent(self, hidden_states)
+        if packed_seq_params is not None or self.pg_collection.cp.size() > 1:
+            return share_latent(self, hidden_states, packed_seq_params)
         return super().forward(hidden_states, attention_mask, **options)
 
 
@@ -151,17 +155,19 @@ class GroupedAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: None,
         inference_context: Cache | None = None,
+        packed_seq_params: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Rotate queries and keys by the layer's own positions; with a cache, go on after it."""
+        """Rotate queries and keys by the layer's own positions; with a cache, go on after it.
+
+        Where documents are masked, `packed_seq_params` says where each token's begins, [S, B].
+        """
         if inference_context is not None:
             return attend_grouped(self, hidden_states, inference_context)
-        if self.pg_collection.cp.size() > 1:
-            return share_grouped(self, hidden_states)
+        if packed_seq_params is not None or self.pg_collection.cp.size() > 1:
+            return share_grouped(self, hidden_states, packed_seq_params)
         if self.rotary is not None:
-            seq_len = self.rotary.get_rotary_seq_len(
-                None, None, hidden_states, self.config, options.get("packed_seq_params")
-            )
+            seq_len = self.rotary.get_rotary_seq_len(None, None, hidden_states, self.config, None)
             options["rotary_pos_emb"] = self.rotary(seq_len)
         return super().forward(hidden_states, attention_mask, **options)
 

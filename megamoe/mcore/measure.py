@@ -59,15 +59,15 @@ def measure(
 
 
 def _add_losses(totals: Tensor, losses: list[dict[str, Tensor]]) -> None:
-    """Put in [loss sum, tokens, MTP loss sum, MTP terms]; ranks of a tp group hold the same."""
+    """Put in [loss sum, tokens, MTP loss sum, MTP targets]; ranks of a tp group hold the same."""
     mtp_losses = take_mtp_losses()
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         for part in losses:
             totals[0] += part["loss"]
             totals[1] += part["tokens"]
         if mtp_losses is not None:
-            totals[2] = mtp_losses.double().mean()
-            totals[3] = len(losses)
+            totals[2] = mtp_losses.double().sum()
+            totals[3] = sum(part["mtp_targets"] for part in losses)
 
 
 def _routers(chunks: list[DistributedDataParallel]) -> Iterator[BalancedRouter]:
@@ -78,7 +78,7 @@ def _routers(chunks: list[DistributedDataParallel]) -> Iterator[BalancedRouter]:
 
 
 def _summary(heads: list[float], counts_LE: Tensor, *, is_training: bool) -> Measures:
-    loss, tokens, mtp_loss, mtp_terms = heads[:4]
+    loss, tokens, mtp_loss, mtp_targets = heads[:4]
     moe_LE = counts_LE[counts_LE.sum(dim=1) > 0]
     load = (moe_LE.amax(dim=1) / moe_LE.mean(dim=1)).tolist() if is_training else []
     aux = tuple(
@@ -89,7 +89,7 @@ def _summary(heads: list[float], counts_LE: Tensor, *, is_training: bool) -> Mea
     return Measures(
         loss=loss / tokens,
         loss_tokens=int(tokens),
-        mtp_loss=mtp_loss / mtp_terms if mtp_terms else None,
+        mtp_loss=mtp_loss / mtp_targets if mtp_targets else None,
         aux_losses=aux,
         expert_load=tuple(load),
     )

@@ -55,6 +55,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipes", metavar="RECIPE", nargs="+", help="names or files of recipes")
     parser.add_argument("--layouts", default=DEFAULT, metavar="LIST", help="such as tp2,cp2xep2")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of weights and text")
+    parser.add_argument(
+        "--document-mask", action="store_true", help="documents do not see each other"
+    )
     parser.add_argument("--dtype", choices=tuple(BOUNDS), default="float32", help="of everything")
     parser.add_argument(
         "--bound", type=float, metavar="X", help="relative (default 2e-5; in float64 1e-10)"
@@ -66,7 +69,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan everything, train, compare, print; 1 when a layout differs."""
     grids = (one_process(MICRO_BATCH), *parse_layouts(args.layouts, MICRO_BATCH))
-    planned = [_plans(name, grids, args.seed) for name in args.recipes]
+    recipes = [small_recipe(name, document_mask=args.document_mask) for name in args.recipes]
+    planned = [[(grid, plan_of(recipe, grid, args.seed)) for grid in grids] for recipe in recipes]
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise PlanError(f"--json: {args.json}: there is no such folder; make it first")
     bound = BOUNDS[args.dtype] if args.bound is None else args.bound
@@ -98,11 +102,6 @@ def table(rows: Sequence[Row]) -> str:
         lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
     lines += _notes(rows)
     return "\n".join(lines) + "\n\n"
-
-
-def _plans(name: str, grids: Sequence[Grid], seed: int) -> list[tuple[Grid, Plan]]:
-    recipe = small_recipe(name)
-    return [(grid, plan_of(recipe, grid, seed)) for grid in grids]
 
 
 def _compare(

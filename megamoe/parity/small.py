@@ -41,19 +41,24 @@ ADAM = AdamW(beta1=0.0, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1.0)
 RATE = LearningRate(peak=0.5, final=None, warmup_tokens=0, decay_tokens=0, decay="linear")
 
 
-def small_recipe(name: str) -> Recipe:
+def small_recipe(name: str, *, document_mask: bool = False) -> Recipe:
     """Return a recipe's model and first stage at the smallest scale that keeps their structure.
+
+    Args:
+        name: of the recipe, or its file.
+        document_mask: whether documents are kept apart, whatever the recipe says.
 
     Raises:
         RecipeError: there is no such recipe, or it is wrong.
     """
     tiny = scale_tiny(load_recipe(name)).recipe
+    stage = _stage(tiny.stages[0], has_bias=tiny.model.experts.expert_bias)
     return replace(
         tiny,
         model=_model(tiny.model),
         tokenizer=replace(tiny.tokenizer, vocab_size=VOCAB),
         optimizer=ADAM,
-        stages=(_stage(tiny.stages[0], has_bias=tiny.model.experts.expert_bias),),
+        stages=(replace(stage, document_mask=document_mask),),
     )
 
 

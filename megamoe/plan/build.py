@@ -96,6 +96,7 @@ def _segment(
         lr=stage.lr,
         batch_ramp=stage.batch_ramp,
         sources=sources,
+        document_mask=stage.document_mask,
         router=stage.router,
         mtp_loss=stage.mtp_loss,
         rope_interpolation=stage.rope_interpolation,

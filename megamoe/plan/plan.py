@@ -72,6 +72,7 @@ class Segment(Checked):
     lr: LearningRate
     batch_ramp: tuple[tuple[int, int], ...]  # (tokens of the segment seen, sequences per step)
     sources: tuple[Source, ...]  # empty when planned without data
+    document_mask: bool
     router: Router
     mtp_loss: PositiveFloat | None
     rope_interpolation: PositiveFloat

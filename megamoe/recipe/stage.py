@@ -74,6 +74,7 @@ class Stage(Checked):
     batch_ramp: tuple[tuple[int, int], ...]  # (tokens of the stage seen, sequences per step)
     mixture: tuple[tuple[str, float], ...]  # (source, weight); weights are normalised
     fim_rate: Fraction  # share of the stage's tokens in fill-in-the-middle form
+    document_mask: bool  # a token sees its own document only, of those packed in a sequence
     router: Router
     mtp_loss: PositiveFloat | None  # weight of the MTP loss; None where the model has no MTP
     rope_interpolation: PositiveFloat  # positions of global layers are divided by it; 1: off

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from megamoe.mcore import cpu
 
     cpu.enable()
-    from megamoe.mcore import compat, context, data, model, optim, router, spec
+    from megamoe.mcore import compat, context, data, model, optim, roll, router, spec
     from megamoe.mcore.layer import ReplicatedLinear
     from megamoe.nn import context_parallel
     from megamoe.parity import ranks  # noqa: F401 - imports what is patched before it is
@@ -39,13 +39,14 @@ class Mutation:
     recipe: str
     layout: str
     plant: Patch
+    options: tuple[str, ...] = ()  # of `megamoe parity`
 
 
 def _shift_within_the_shard() -> Any:
     def roll(tensor: Any, *_: Any, **__: Any) -> Any:
         rolled = torch.roll(tensor, shifts=-1, dims=-1)
         rolled[..., -1] = 0
-        return rolled, rolled.sum()
+        return rolled, torch.ones(())
 
     return mock.patch.object(compat, "roll_tensor", roll)
 
@@ -140,6 +141,38 @@ def _shards_dealt_backwards() -> Any:
     return mock.patch.object(data, "_own", own)
 
 
+def _documents_forgotten_at_a_halo() -> Any:
+    attend = context_parallel._attend
+
+    def forgetful(begun: Any, q: Any, k: Any, v: Any, starts: Any) -> Any:
+        is_halo = begun.cp.size > 1 and begun.scheme is context_parallel.Scheme.HALO
+        return attend(begun, q, k, v, None if is_halo else starts)
+
+    return mock.patch.object(context_parallel, "_attend", forgetful)
+
+
+def _targets_of_the_next_document() -> Any:
+    following = roll.next_tokens
+
+    def forgetful(tokens: Any, cp: Any, *, starts_SB: Any, **options: Any) -> Any:
+        starts_SB = None if cp.size > 1 else starts_SB
+        return following(tokens, cp, starts_SB=starts_SB, **options)
+
+    return mock.patch.object(roll, "next_tokens", forgetful)
+
+
+def _documents_that_begin_with_each_shard() -> Any:
+    starts = data._starts
+
+    def anew(tokens: Any, end_id: int) -> Any:
+        starts_SB = starts(tokens, end_id)
+        length = len(starts_SB) // data.groups.context("tokens").size
+        positions = torch.arange(len(starts_SB), dtype=starts_SB.dtype)
+        return torch.maximum(starts_SB, (positions - positions % length)[:, None])
+
+    return mock.patch.object(data, "_starts", anew)
+
+
 def _padding_left_out_of_gathered_states() -> Any:
     return mock.patch.object(optim, "_mend_gathered_state", return_value=None)
 
@@ -211,6 +244,27 @@ MUTATIONS = {
         layout="cp2",
         plant=_shards_dealt_backwards,
     ),
+    "document_halo": Mutation(
+        what="documents forgotten where a halo is attended to",
+        recipe="vaetki_7b_a1b",
+        layout="cp2",
+        plant=_documents_forgotten_at_a_halo,
+        options=("--document-mask",),
+    ),
+    "document_mtp": Mutation(
+        what="targets of multi-token prediction from the next document",
+        recipe="k_exaone_236b_a23b",
+        layout="cp2",
+        plant=_targets_of_the_next_document,
+        options=("--document-mask",),
+    ),
+    "document_shards": Mutation(
+        what="documents that begin anew with each shard",
+        recipe="vaetki_7b_a1b",
+        layout="cp2",
+        plant=_documents_that_begin_with_each_shard,
+        options=("--document-mask",),
+    ),
     "checkpoint_padding": Mutation(
         what="optimizer states gathered without the padding between buckets, as Megatron-core does",
         recipe="ax_k1_519b_a33b",
@@ -225,7 +279,8 @@ def main() -> int:
     if len(sys.argv) > 1:
         mutation = MUTATIONS[sys.argv[1]]
         with mutation.plant():
-            return command.main(["parity", mutation.recipe, "--layouts", mutation.layout])
+            layout = ("--layouts", mutation.layout)
+            return command.main(["parity", mutation.recipe, *layout, *mutation.options])
     unnoticed = 0
     for name, mutation in MUTATIONS.items():
         found = plant(name)

@@ -160,6 +160,7 @@ def tiny_segment(shards: tuple[Shard, ...], **changes: object) -> Segment:
         batch_ramp=((0, 8),),
         sources=sources,
         router=ROUTER,
+        document_mask=False,
         mtp_loss=None,
         rope_interpolation=1.0,
         checkpoint_every=2,

@@ -43,6 +43,7 @@ GENERAL = Stage(
     batch_ramp=((0, 8), (50_000, 16)),
     mixture=(("korean", 3), ("code", 1)),
     fim_rate=0,
+    document_mask=False,
     router=Router(
         aux_loss=1e-3, sequence_aux_loss=0, global_aux_loss=0, z_loss=0, bias_update_rate=0
     ),

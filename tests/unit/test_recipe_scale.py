@@ -25,6 +25,7 @@ KEPT_OF_EXPERTS = ("num_shared", "score", "scaling_factor", "expert_bias")
 KEPT_OF_STAGE = (
     "name",
     "fim_rate",
+    "document_mask",
     "router",
     "mtp_loss",
     "rope_interpolation",
