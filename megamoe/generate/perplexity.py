@@ -32,7 +32,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What the tokens of a text cost that were predicted: all but the first."""
+    """What the tokens of a text cost that were predicted: all but the first of all, or of each document."""
 
     name: str
     tokens: int
@@ -78,14 +78,27 @@ def read_texts(
 
 
 def cost_of(text: Text, model: TrainedModel, tokenizer: Tokenizer) -> Cost:
-    """Return what a text costs, in windows as those of held-out text during training."""
+    """Return what a text costs, in windows as those of held-out text during training.
+
+    Where documents were masked, they are here, and their first tokens are not predicted.
+
+    Raises:
+        DataError: no token is predicted.
+    """
     seq_len = model.segment.seq_len
-    windows = Windows(text.tokens, seq_len, tokenizer.meta.pad_id)
+    end_id = tokenizer.meta.eod_id if model.segment.document_mask else None
+    predicted = text.tokens[1:]
+    if end_id is not None:
+        predicted = predicted[text.tokens[:-1] != end_id]
+    if not len(predicted):
+        raise DataError(
+            f"{text.name}: holds no document of 2 tokens; they are needed to predict one"
+        )
+    windows = Windows(text.tokens, seq_len, tokenizer.meta.pad_id, end_id)
     at_once = max(1, _TOKENS_AT_ONCE // seq_len)
     nats = 0.0
     for batch in windows.micro_batches(-(-windows.num_windows // at_once), at_once):
         nats += float(model.token_losses(batch).double().sum())
-    predicted = text.tokens[1:]
     return Cost(
         name=text.name,
         tokens=len(predicted),

@@ -73,7 +73,7 @@ class TrainedModel:
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Return [B, S] float32: -log p of each label, in nats; 0 where the mask is."""
-        logits_BSV = all_logits(self.module, batch["tokens"])
+        logits_BSV = all_logits(self.module, batch["tokens"], batch.get("starts"))
         losses = cross_entropy(
             logits_BSV.flatten(0, 1), batch["labels"].flatten(), reduction="none"
         )
@@ -87,16 +87,34 @@ def next_logits(module: LanguageModule, tokens_BS: Tensor, cache: Cache) -> Tens
 
 
 @torch.no_grad()
-def all_logits(module: LanguageModule, tokens_BS: Tensor) -> Tensor:
-    """Return [B, S, V] float32: logits of the token after each one, without a cache."""
-    return _logits(module, _hidden(module, tokens_BS, None))
+def all_logits(
+    module: LanguageModule, tokens_BS: Tensor, starts_SB: Tensor | None = None
+) -> Tensor:
+    """Return [B, S, V] float32: logits of the token after each one, without a cache.
+
+    Args:
+        module: the model.
+        tokens_BS: whole sequences.
+        starts_SB: where the document of each token begins; None: they see each other.
+    """
+    return _logits(module, _hidden(module, tokens_BS, None, starts_SB))
 
 
-def _hidden(module: LanguageModule, tokens_BS: Tensor, cache: Cache | None) -> Tensor:
+def _hidden(
+    module: LanguageModule,
+    tokens_BS: Tensor,
+    cache: Cache | None,
+    starts_SB: Tensor | None = None,
+) -> Tensor:
     """Return [S, B, D] of the decoder; layers that predict further tokens are left out."""
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     embedded = module.embedding(input_ids=tokens_BS, position_ids=positions_BS)
-    return module.decoder(hidden_states=embedded, attention_mask=None, inference_context=cache)
+    return module.decoder(
+        hidden_states=embedded,
+        attention_mask=None,
+        inference_context=cache,
+        packed_seq_params=starts_SB,
+    )
 
 
 def _logits(module: LanguageModule, hidden_SBD: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from data_prep.tokenizer_train import train_tokenizer
 from megamoe.checkpoints import folder as files
 from megamoe.errors import CheckpointError, DataError
 from megamoe.generate.inputs import find_texts
-from megamoe.generate.perplexity import Cost, cost_of, read_texts
+from megamoe.generate.perplexity import Cost, Text, cost_of, read_texts
 from megamoe.mcore.inference import TrainedModel
 from megamoe.mcore.model import unwrap
 from megamoe.plan.json import write_plan
@@ -23,7 +24,7 @@ from megamoe.plan.plan import Plan
 from megamoe.recipe import Bf16, Fp32
 from tests.mcore import tiny
 from tests.mcore.test_model import FLOAT32, reference_weights, roundings
-from tests.mcore.world import train, world_of_one
+from tests.mcore.world import train, with_segment, world_of_one
 from tests.reference.model import Reference, token_losses
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +84,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
             opened(tmp_path, plan)
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("model", [tiny.LATENT, tiny.GROUPED, tiny.SOFTMAX])
-def test_heldout_text_costs_what_it_did_in_training(tmp_path, model):
-    plan = plan_of(tmp_path, model)
+def test_heldout_text_costs_what_it_did_in_training(tmp_path, model, document_mask):
+    plan = with_segment(plan_of(tmp_path, model), document_mask=document_mask)
     with world_of_one(plan):
         [expected] = trained(tmp_path, plan).evaluate()
         shard = Path(plan.data.folder) / "one.heldout.bin"
@@ -93,9 +95,22 @@ def test_heldout_text_costs_what_it_did_in_training(tmp_path, model):
         [text] = read_texts([shard], tokenizer, text_key="text", max_tokens=plan.eval_tokens)
         cost = cost_of(text, opened(tmp_path, plan), tokenizer)
     assert cost.tokens == expected.tokens
+    assert (cost.tokens < plan.eval_tokens) == document_mask
     # The model's roundings, and those of training's float32 sum over the tokens.
     error = abs(cost.loss - expected.loss) / expected.loss
     assert error <= (2 * roundings(plan.model, 16) + plan.eval_tokens) * FLOAT32
+
+
+def test_a_text_of_ends_alone_is_refused_where_documents_are_masked(tmp_path):
+    plan = with_segment(plan_of(tmp_path), document_mask=True)
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        text = Text(name="empty.bin", tokens=numpy.array([2, 2, 2]))
+        with pytest.raises(DataError) as caught:
+            cost_of(text, opened(tmp_path, plan), tokenizer_of(plan))
+    assert str(caught.value) == (
+        "empty.bin: holds no document of 2 tokens; they are needed to predict one"
+    )
 
 
 def test_a_text_costs_what_the_reference_says(tmp_path):
