@@ -40,6 +40,15 @@ FULL = {
     for name in recipe_names()
 }
 
+# With documents apart: what ranks know of them must be the same on all axes.
+PACKED = {"k_exaone_236b_a23b": "pp2xcp2"}
+PACKED_FULL = {
+    "k_exaone_236b_a23b": f"{DEFAULT},{SCHEMES}",
+    "vaetki_7b_a1b": "cp2,cp4,cp4xring,tp2xpp2xcp2xep2",
+    "ax_k1_519b_a33b": "cp2,pp2xvpp2,tp2xcp2xep2",
+    "keural_14b": "cp2,cp4,tp2xcp2",
+}
+
 
 def cases(matrix: dict[str, str]) -> list[tuple[str, str]]:
     return [(name, layout) for name, layouts in matrix.items() for layout in layouts.split(",")]
@@ -56,9 +65,9 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
 
     @cache
-    def compared(name: str, layouts: str, dtype: str = "float32") -> dict[str, dict]:
-        file = folder / f"{name}-{dtype}.json"
-        options = ("--layouts", layouts, "--dtype", dtype, "--json", str(file))
+    def compared(name: str, layouts: str, dtype: str = "float32", *others: str) -> dict[str, dict]:
+        file = folder / f"{name}-{dtype}{''.join(others)}.json"
+        options = ("--layouts", layouts, "--dtype", dtype, "--json", str(file), *others)
         done = parity(folder, name, *options)
         assert file.exists(), done.stderr
         found = {row["layout"]: row for row in json.loads(file.read_text())}
@@ -92,6 +101,18 @@ def test_a_layout_trains_the_model_of_one_process(rows, name, layout):
 @pytest.mark.parametrize(("name", "layout"), cases(FULL))
 def test_every_layout_of_every_recipe_trains_the_model_of_one_process(rows, name, layout):
     check(rows(name, FULL[name])[layout], GRADIENT)
+
+
+@pytest.mark.parametrize(("name", "layout"), cases(PACKED))
+def test_a_layout_keeps_documents_apart_as_one_process_does(rows, name, layout):
+    check(rows(name, PACKED[name], "float32", "--document-mask")[layout], GRADIENT)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "layout"), cases(PACKED_FULL))
+def test_every_axis_keeps_documents_apart_as_one_process_does(rows, name, layout):
+    found = rows(name, PACKED_FULL[name], "float32", "--document-mask")
+    check(found[layout], GRADIENT)
 
 
 @pytest.mark.parity

@@ -89,6 +89,13 @@ def test_every_recipe_fits_every_default_layout(name):
         assert segment.num_steps == 2
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_documents_are_kept_apart_where_that_is_asked_for(document_mask):
+    recipe = small_recipe("keural_14b", document_mask=document_mask)
+    (segment,) = plan_of(recipe, one_process(MICRO_BATCH), seed=0).segments
+    assert segment.document_mask is document_mask
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_small_model_keeps_the_structure_of_its_recipe(name):
     from megamoe.recipe.load import load_recipe
