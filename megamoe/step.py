@@ -12,9 +12,11 @@ class StepResult:
     step: int  # optimizer steps of the whole run, this one included
     tokens_seen: int  # input tokens of the whole run, this step included
     step_tokens: int  # input tokens of this step
-    loss_tokens: int  # tokens of this step that the loss counts (padding excluded)
+    loss_tokens: (
+        int  # tokens of this step that the loss counts: no padding, no end of a masked document
+    )
     loss: float  # nats per loss token
-    mtp_loss: float | None  # nats per token, unweighted
+    mtp_loss: float | None  # nats per token that is predicted further ahead, unweighted
     aux_losses: tuple[tuple[str, float], ...]  # (name, coefficient times loss, mean over layers)
     grad_norm: float  # global L2 norm before clipping
     lr: float
