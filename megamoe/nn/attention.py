@@ -4,9 +4,12 @@ Shapes: S sequence, P positions up to its end, B batch, N query heads, M key-val
 D query and key head dimension, V value head dimension, C block of queries.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from megamoe.nn import attention_gpu
 
@@ -110,7 +113,7 @@ def bounded_attention(
     """Attend from the beginning of each query's document up to the query: documents, packed.
 
     On a GPU by a kernel for sequences of several lengths, else block of queries by block, with the
-    mask of one written out at a time.
+    mask of one written out at a time, and again in the backward pass.
 
     Args:
         q_SBND: queries of the last S positions.
@@ -134,18 +137,15 @@ def bounded_attention(
     for begin in range(0, seq_len, _BOUNDED_BLOCK):
         end = min(seq_len, begin + _BOUNDED_BLOCK)
         low = 0 if window is None else max(0, earlier + begin - window + 1)
-        keys = torch.arange(low, earlier + end, device=q.device)
-        queries = torch.arange(earlier + begin, earlier + end, device=q.device)[:, None]
-        mask = (keys <= queries) & (keys >= first_SB[begin:end].T[:, None, :, None])
-        if window is not None:
-            mask &= queries - keys < window
-        out = scaled_dot_product_attention(
+        # Autograd would keep the masks of all blocks, S x P values a layer: they are made anew.
+        out = checkpoint(
+            partial(_bounded_block, window=window, scale=scale),
             q[:, :, begin:end],
             k[:, :, low : earlier + end],
             v[:, :, low : earlier + end],
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            first_SB[begin:end] - low,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         outputs.append(out.permute(2, 0, 1, 3))
     return torch.cat(outputs).reshape(seq_len, batch, num_heads * v.shape[-1])
@@ -215,6 +215,20 @@ def _continued_mask(
     queries = torch.arange(num_keys - seq_len, num_keys, device=device)
     distance = queries[:, None] - torch.arange(num_keys, device=device)[None, :]
     return (distance >= 0) & (distance < (num_keys if window is None else window))
+
+
+def _bounded_block(
+    q: Tensor, k: Tensor, v: Tensor, first_CB: Tensor, *, window: int | None, scale: float
+) -> Tensor:
+    """Attend from a first key of its own for each query; the queries are of the last positions."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    keys = torch.arange(num_keys, device=q.device)
+    queries = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+    mask = (keys <= queries) & (keys >= first_CB.T[:, None, :, None])
+    if window is not None:
+        mask &= queries - keys < window
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:

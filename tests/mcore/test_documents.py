@@ -18,7 +18,7 @@ from megamoe.mcore.data import make_batch
 from megamoe.mcore.engine import Engine
 from megamoe.mcore.model import unwrap
 from tests.mcore import tiny
-from tests.mcore.packed import END, ENDS, MODELS, SEQ_LEN, SIZES, cases, sequences
+from tests.mcore.packed import END, ENDS, MODELS, SEQ_LEN, SIZES, cases, documents, sequences
 from tests.mcore.world import adam_states, everything, train, with_segment, world_of_one
 
 REPOSITORY = Path(__file__).parents[2]
@@ -64,12 +64,15 @@ def test_documents_are_as_if_each_were_alone_in_its_sequence(results):
     """Losses of all depths, numbers of tokens and gradients: GQA, MLA and YaRN, windows of 3 and all."""
     _, found = results(1)
     assert len(found) == 5
+    predicted = [int(document["loss_mask"].sum()) for document in documents()]
     for name, (packed, alone) in found.items():
         each = "loss of each token"
         assert packed.keys() == alone.keys()
         check(name, packed, {key: value for key, value in alone.items() if key != each})
         assert float(packed["tokens"]) == len(ENDS) * SEQ_LEN - sum(len(ends) for ends in ENDS)
-        assert 0 < float(packed["targets"]) < len(MODELS) * float(packed["tokens"])
+        depths = range(1, MODELS[name.split(",")[0]].mtp.num_layers + 1)
+        targets = sum(max(0, count - depth) for count in predicted for depth in depths)
+        assert float(packed["targets"]) == targets
 
 
 @pytest.mark.parametrize("cp", SHARED)
