@@ -41,6 +41,7 @@ def build_optimizer(
     )
     _mend_torch_adam(built)
     _mend_gathered_state(built)
+    _mend_missing_steps(built)
     return built
 
 
@@ -97,6 +98,33 @@ def _mend_gathered_state(optimizer: MegatronOptimizer) -> None:
         if hasattr(part, "get_parameter_state_dp_zero"):
             gather = part.get_parameter_state_dp_zero
             part.get_parameter_state_dp_zero = partial(_gather_with_padding, part, gather)
+
+
+def _mend_missing_steps(optimizer: MegatronOptimizer) -> None:
+    """Let a part without a weight on this rank know its step, when a checkpoint asks for it.
+
+    Experts and all other weights are a part each; a pipeline rank may hold an embedding alone. There
+    Megatron-Core 0.16.1 distrib_optimizer.py:642 (0.19.2: 839) finds no state of a torch Adam to read
+    the step of. All parts have made the same steps.
+    """
+    parts = [part for part in _parts(optimizer) if _is_torch_adam(part.optimizer)]
+    for part in parts:
+        part.state_dict = partial(_state_with_step, part, parts)
+
+
+def _state_with_step(part: Any, parts: list[Any]) -> dict[str, Any]:
+    states = part.optimizer.state
+    is_empty = not states
+    if is_empty:
+        known = next(
+            iter(next(other.optimizer.state for other in parts if other.optimizer.state).values())
+        )
+        states["no weight"] = {"step": known["step"]}
+    try:
+        return type(part).state_dict(part)
+    finally:
+        if is_empty:
+            states.clear()
 
 
 def _gather_with_padding(part: Any, gather: Any, **options: Any) -> Any:
