@@ -66,6 +66,11 @@ def _chunk(
         position_embedding_type="none",  # positions belong to the layers
         vp_stage=vp_stage,
     )
+    if is_last and not is_first and plan.model.mtp and plan.model.tied_embeddings:
+        # The table is the embedding that multi-token prediction has here. Megatron-Core 0.16.1
+        # models/gpt/gpt_model.py:249 (0.19.2: models/hybrid/hybrid_model.py:322) makes another one,
+        # which nothing uses and its state dict then does not expect.
+        model.output_layer.weight = None
     use_local_dispatch(model)
     return model.to(torch.cuda.current_device())
 

@@ -34,10 +34,12 @@ from tests.mcore import tiny
 
 NUM_STEPS = 2
 TIMEOUT = timedelta(seconds=120)  # of a collective whose other ranks have died
-# Three layers, so that the second of two pipeline ranks holds one less.
+# Three layers, so that the second of two pipeline ranks holds one less. With one table for both ends
+# and multi-token prediction, the last rank has a copy that serves as both.
 DUAL = replace(
     tiny.DUAL,
     num_layers=3,
+    tied_embeddings=True,
     experts=replace(tiny.DUAL.experts, num_groups=2, group_top_k=1, top_k=2),
 )
 MODELS = {"latent": tiny.LATENT, "grouped": tiny.GROUPED, "softmax": tiny.SOFTMAX, "dual": DUAL}

@@ -5,6 +5,7 @@ import pytest
 from tests.mcore import tiny
 from tests.mcore.world import train, world_of_one
 
+
 @pytest.fixture
 def engine(tmp_path):
     plan = tiny.tiny_plan(tmp_path / "data")
