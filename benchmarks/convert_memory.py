@@ -66,6 +66,7 @@ def _write(name: str, num_layers: int, folder: Path) -> None:
         tp=1,
         pp=1,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=1,

@@ -75,6 +75,7 @@ def make_plan(recipe: Recipe, num_layers: int, load: Load, device: torch.device)
         tp=1,
         pp=1,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=1,

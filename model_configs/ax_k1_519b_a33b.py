@@ -94,6 +94,7 @@ GENERAL = Stage(
         tp=1,  # report 3.4
         pp=16,  # report 3.4
         vpp=1,  # not published: 61 layers leave no even interleaving
+        pipeline="even",  # not published
         cp=1,  # report 3.4: only for long context
         cp_scheme="auto",  # not published: by cost
         ep=8,  # report 3.4
@@ -200,6 +201,7 @@ RECIPE = Recipe(
         "general.router.bias_update_rate",
         "general.precision.amax_history",
         "general.layout.vpp",
+        "general.layout.pipeline",
         "general.layout.cp_scheme",
         "general.layout.micro_batch",
         "reasoning.lr.peak",

@@ -66,6 +66,7 @@ FOUNDATION = Stage(
         tp=2,
         pp=8,
         vpp=2,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=32,

@@ -59,6 +59,7 @@ STAGE_1 = Stage(
         tp=1,
         pp=1,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=8,

@@ -72,6 +72,7 @@ GENERAL = Stage(
         tp=1,
         pp=8,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=8,

@@ -70,6 +70,7 @@ GENERAL = Stage(
         tp=1,
         pp=4,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=8,

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.package_info import VERSION
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import (
@@ -26,6 +28,7 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -210,18 +213,14 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 
 def _pattern(config: TransformerConfig) -> str:
-    """Return HybridModel's pattern: E or - a layer, | between chunks, / before a prediction.
-
-    Where the last rank has fewer layers it wants no | and cuts the pattern itself (0.19.2
-    models/hybrid/hybrid_layer_allocation.py:378).
-    """
-    num_chunks = config.pipeline_model_parallel_size
-    num_chunks *= config.virtual_pipeline_model_parallel_size or 1
-    is_even = config.num_layers_in_last_pipeline_stage is None
-    count = config.num_layers // num_chunks if is_even else config.num_layers
-    letters = "".join("E" if is_moe else "-" for is_moe in config.moe_layer_freq)
-    chunks = [letters[i : i + count] for i in range(0, config.num_layers, count)]
-    return "|".join(chunks) + "/E" * (config.mtp_num_layers or 0)
+    """Return HybridModel's pattern: E or - a layer, | between chunks, / before a prediction."""
+    letters = iter("E" if is_moe else "-" for is_moe in config.moe_layer_freq)
+    pipeline = config.pipeline_model_parallel_layout
+    assert isinstance(pipeline, PipelineParallelLayerLayout), pipeline
+    ranks = zip(*pipeline.layout, strict=True)  # for each chunk of a rank, those of all ranks
+    counts = [chunk.count(LayerType.decoder) for chunks in ranks for chunk in chunks]
+    pattern = "|".join("".join(islice(letters, count)) for count in counts)
+    return pattern + "/E" * (config.mtp_num_layers or 0)
 
 
 def _replace_roll(module: Any) -> None:

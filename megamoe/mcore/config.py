@@ -6,7 +6,6 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megamoe.mcore.dispatchers import dispatcher_options
-from megamoe.plan.layout import last_rank_layers
 from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import GQA, MLA, Fp32, Model
 
@@ -17,7 +16,7 @@ def transformer_config(plan: Plan, segment: Segment) -> TransformerConfig:
     fields = {
         **_shape(model),
         **_experts(model, segment),
-        **_parallel(segment, model.num_layers),
+        **_parallel(segment, model),
         **_precision(segment),
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm.eps,
@@ -106,13 +105,14 @@ def _experts(model: Model, segment: Segment) -> dict[str, Any]:
     }
 
 
-def _parallel(segment: Segment, num_layers: int) -> dict[str, Any]:
+def _parallel(segment: Segment, model: Model) -> dict[str, Any]:
     layout = segment.layout
-    last_layers = last_rank_layers(num_layers, layout) if num_layers % layout.pp else None
+    chunks = layout.chunks(model)
+    assert chunks, layout  # megamoe/plan/layout.py
     return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
-        "num_layers_in_last_pipeline_stage": last_layers,
+        "pipeline_model_parallel_layout": "|".join(chunks),
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "context_parallel_size": layout.cp,
         "expert_model_parallel_size": layout.ep,

@@ -23,7 +23,16 @@ from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import Layout
 
 _WHOLE = Layout(
-    tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, dispatcher="all_to_all", micro_batch=1
+    tp=1,
+    pp=1,
+    vpp=1,
+    pipeline="even",
+    cp=1,
+    cp_scheme="auto",
+    ep=1,
+    etp=1,
+    dispatcher="all_to_all",
+    micro_batch=1,
 )
 
 

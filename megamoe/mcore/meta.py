@@ -69,6 +69,7 @@ def one_process_plan(recipe: Recipe) -> Plan:
         tp=1,
         pp=1,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=1,

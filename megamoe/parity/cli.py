@@ -29,6 +29,7 @@ layouts: {DEFAULT}
 examples:
   megamoe parity vaetki_7b_a1b
   megamoe parity k_exaone_236b_a23b --layouts tp2,cp2xring,dp2xpp2xep2 --json parity.json
+  megamoe parity k_exaone_236b_a23b --layouts 'pp3xE|ttt|tmL'
 """
 
 

@@ -1,4 +1,8 @@
-"""Layouts as words: 'dp2xpp2xep2' is a rank grid, and the number of processes it takes."""
+"""Layouts as words: 'dp2xpp2xep2' is a rank grid, and the number of processes it takes.
+
+Beside its axes a layout may have a scheme of context parallelism, 'cp2xring', and what the chunks of
+its pipeline hold, 'pp2xEt|tttL' (megamoe/recipe/pipeline.py, without commas).
+"""
 
 import math
 import re
@@ -8,6 +12,7 @@ from typing import get_args
 from megamoe.errors import PlanError
 from megamoe.recipe.check import nearest
 from megamoe.recipe.layout import Layout
+from megamoe.recipe.pipeline import EVEN
 
 # What `megamoe parity` compares where no layouts are named: every axis, and what meets in pairs.
 DEFAULT = "dp2,tp2,pp2,pp2xvpp2,ep4,cp2,cp4,tp2xpp2,ep2xpp2,cp2xep2,tp2xcp2xep2,dp2xpp2xep2,tp2xpp2xcp2xep2"
@@ -56,6 +61,9 @@ def _parse(name: str, micro_batch: int) -> Grid:
         if word in _WORDS:
             words[_WORDS[word]] = word
             continue
+        if word.startswith("E"):
+            words["pipeline"] = word
+            continue
         match = _WORD.fullmatch(word)
         if match is None or match[1] not in _AXES:
             axis = match[1] if match else word
@@ -77,6 +85,7 @@ def _layout(sizes: dict[str, int], words: dict[str, str], micro_batch: int) -> L
         tp=sizes.get("tp", 1),
         pp=sizes.get("pp", 1),
         vpp=sizes.get("vpp", 1),
+        pipeline=words.get("pipeline", EVEN),
         cp=sizes.get("cp", 1),
         cp_scheme=words.get("cp_scheme", "auto"),  # type: ignore[arg-type]  # one of _WORDS
         ep=sizes.get("ep", 1),

@@ -37,7 +37,7 @@ def settle_dp(recipe: Recipe, stage: Stage, cluster: Cluster) -> int:
 
 
 def layout_text(segment: Segment) -> str:
-    """Return the axes of the rank grid that are in use: 'dp64 pp4 ep8'."""
+    """Return the axes of the rank grid that are in use, and a written pipeline: 'dp64 pp4 ep8'."""
     return axes_text(segment.dp, segment.layout)
 
 
@@ -147,23 +147,12 @@ def _check_sequence(place: str, stage: Stage) -> None:
         raise PlanError(f"{place}: seq_len {stage.seq_len:,} is not a multiple of {both}")
 
 
-def last_rank_layers(num_layers: int, layout: Layout) -> int:
-    """Return the layers of the last pipeline rank; all others hold ceil(num_layers / pp).
-
-    Where pp does not divide the layers, the last rank has fewer: it also has the output table and
-    the multi-token prediction. 0 or less: they cannot be dealt so.
-    """
-    each = -(-num_layers // layout.pp)
-    return num_layers - each * (layout.pp - 1)
-
-
 def _check_pipeline(place: str, model: Model, stage: Stage) -> None:
     pp, vpp = stage.layout.pp, stage.layout.vpp
-    uneven = vpp == 1 and last_rank_layers(model.num_layers, stage.layout) >= 1
-    if model.num_layers % (pp * vpp) and not uneven:
+    if stage.layout.chunks(model) is None:
         raise PlanError(
             f"{place}: num_layers {model.num_layers} is not a multiple of pp {pp} x vpp {vpp} = "
-            f"{pp * vpp}"
+            f"{pp * vpp}, and leaves the last chunk none"
         )
 
 

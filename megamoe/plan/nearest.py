@@ -7,6 +7,7 @@ from itertools import combinations, product
 from typing import Any
 
 from megamoe.recipe.layout import Layout
+from megamoe.recipe.pipeline import EVEN
 from megamoe.recipe.stage import Stage
 
 _AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
@@ -49,16 +50,23 @@ def nearest_layout(asked: Asked) -> Layout | None:
     for changes in _changes(asked):
         changes.sort(key=lambda change: _distance(layout, change))
         for change in changes[:_MOST_TRIED]:
-            stage = replace(asked.stage, layout=replace(layout, **change))
+            stage = replace(asked.stage, layout=_changed(layout, change))
             if asked.fits(stage, asked.world_size):
                 return stage.layout
     return None
 
 
 def axes_text(dp: int, layout: Layout) -> str:
-    """Return the axes of the rank grid that are in use: 'dp64 pp4 ep8'."""
+    """Return the axes of the rank grid that are in use, and a written pipeline: 'dp64 pp4 ep8'."""
     sizes = [(axis, getattr(layout, axis)) for axis in _AXES]
-    return " ".join([f"dp{dp}", *(f"{axis}{size}" for axis, size in sizes if size > 1)])
+    words = [f"dp{dp}", *(f"{axis}{size}" for axis, size in sizes if size > 1)]
+    return " ".join(words if layout.pipeline == EVEN else [*words, layout.pipeline])
+
+
+def _changed(layout: Layout, change: dict[str, Any]) -> Layout:
+    """Return the layout with other sizes; a written pipeline is one for its own number of chunks."""
+    pipeline = EVEN if change.keys() & {"pp", "vpp"} else layout.pipeline
+    return replace(layout, pipeline=pipeline, **change)
 
 
 def _words(layout: Layout, before: Layout, world_size: int) -> str:
@@ -66,7 +74,7 @@ def _words(layout: Layout, before: Layout, world_size: int) -> str:
     dp = world_size // (layout.tp * layout.pp * layout.cp)
     others = [
         f"{name} {getattr(layout, name)}"
-        for name in ("micro_batch", *_WORDS)
+        for name in ("micro_batch", "pipeline", *_WORDS)
         if getattr(layout, name) != getattr(before, name)
     ]
     return " ".join([axes_text(dp, layout), *others])
@@ -123,11 +131,12 @@ def _values(asked: Asked, name: str) -> Iterator[Any]:
 
 def _is_possible(asked: Asked, name: str, size: int) -> bool:
     """Tell whether a size does for the world, or for the model while all other axes are 1."""
-    if name == "vpp":
+    layout = asked.stage.layout
+    if name == "vpp" or (name == "pp" and size == layout.pp and layout.pipeline != EVEN):
         return True
     if name == "ep":
         return asked.world_size % size == 0
-    ones = replace(asked.stage.layout, tp=1, pp=1, vpp=1, cp=1, ep=1, etp=1)
+    ones = replace(layout, tp=1, pp=1, vpp=1, pipeline=EVEN, cp=1, ep=1, etp=1)
     alone: dict[str, Any] = {name: size}
     return asked.suits(replace(asked.stage, layout=replace(ones, **alone)))
 

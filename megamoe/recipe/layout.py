@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megamoe.recipe.check import Checked, FieldError, PositiveInt
+from megamoe.recipe.model import Model
+from megamoe.recipe.pipeline import EVEN, check_layers, even_chunks, written_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,8 +13,9 @@ class Layout(Checked):
     """Sizes of the axes of the rank grid.
 
     `ep` and `etp` (expert and expert-tensor parallel) fold over tp x cp x dp; `vpp` is the number
-    of model chunks per pipeline rank (interleaved schedule). With tp > 1 activations between
-    layers are sequence parallel. `cp` ranks share each sequence, each with a row of its tokens:
+    of model chunks per pipeline rank (interleaved schedule). `pipeline` says what each chunk holds,
+    "even" or as megamoe/recipe/pipeline.py has it. With tp > 1 activations between layers are
+    sequence parallel. `cp` ranks share each sequence, each with a row of its tokens:
     layers with a window exchange the window's edge; the others do what `cp_scheme` says
     (megamoe/nn/context_parallel.py), "auto" what costs least by estimate.
 
@@ -24,6 +27,7 @@ class Layout(Checked):
     tp: PositiveInt
     pp: PositiveInt
     vpp: PositiveInt
+    pipeline: str
     cp: PositiveInt
     cp_scheme: Literal["auto", "heads", "ring", "gather"]
     ep: PositiveInt
@@ -32,6 +36,22 @@ class Layout(Checked):
     micro_batch: PositiveInt  # sequences per rank and micro-batch
 
     def check(self) -> None:
-        """Interleaving needs pipeline stages to interleave."""
+        """Interleaving needs pipeline stages to interleave, and a written pipeline its chunks."""
         if self.vpp > 1 and self.pp == 1:
             raise FieldError("vpp", f"{self.vpp} needs pp above 1; give vpp=1 or a larger pp")
+        if self.pipeline != EVEN:
+            written_chunks(self.pipeline, self.pp * self.vpp)
+
+    def chunks(self, model: Model) -> tuple[str, ...] | None:
+        """Return what each model chunk holds, a letter a layer; None: layers cannot be dealt evenly.
+
+        Raises:
+            FieldError: a written pipeline is that of another model.
+        """
+        count = self.pp * self.vpp
+        num_predictions = model.mtp.num_layers if model.mtp else 0
+        if self.pipeline == EVEN:
+            return even_chunks(count, model.num_layers, num_predictions)
+        chunks = written_chunks(self.pipeline, count)
+        check_layers(self.pipeline, chunks, model.num_layers, num_predictions)
+        return chunks

@@ -6,6 +6,7 @@ from typing import Literal
 from megamoe.recipe.check import Checked, FieldError, PositiveFloat, PositiveInt
 from megamoe.recipe.model import Model
 from megamoe.recipe.optim import AdamW, Muon
+from megamoe.recipe.pipeline import EVEN
 from megamoe.recipe.stage import Stage
 
 
@@ -73,6 +74,19 @@ class Recipe(Checked):
                 f"{stage.rope_interpolation:g}, but global layers {reason}; give 1",
             )
 
+    def _check_pipeline(self, stage: Stage) -> None:
+        layout = stage.layout
+        if layout.pipeline == EVEN and layout.pp * layout.vpp > self.model.num_layers:
+            raise FieldError(
+                f"{stage.name}.layout.pp",
+                f"{layout.pp} x vpp {layout.vpp} exceeds num_layers {self.model.num_layers}; "
+                "give at most that",
+            )
+        try:
+            layout.chunks(self.model)
+        except FieldError as error:
+            raise FieldError(f"{stage.name}.layout.{error.field}", error.problem) from error
+
     def _check_unreleased(self) -> None:
         parts = self.published.unreleased
         missing = {"mtp": self.model.mtp is None, "expert_bias": not self.model.experts.expert_bias}
@@ -98,12 +112,7 @@ class Recipe(Checked):
                 f"{stage.router.bias_update_rate:g} with model.experts.expert_bias False; give 0",
             )
         self._check_interpolation(stage)
-        if stage.layout.pp * stage.layout.vpp > self.model.num_layers:
-            raise FieldError(
-                f"{stage.name}.layout.pp",
-                f"{stage.layout.pp} x vpp {stage.layout.vpp} exceeds num_layers "
-                f"{self.model.num_layers}; give at most that",
-            )
+        self._check_pipeline(stage)
         if self.model.experts.num_routed % stage.layout.ep:
             raise FieldError(
                 f"{stage.name}.layout.ep",

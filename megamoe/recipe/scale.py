@@ -76,6 +76,7 @@ RULES = (
     ("*.precision*", "float32, for a processor"),
     ("*.layout.micro_batch", f"about {MICRO_TOKENS:,} tokens, {MIN_MICRO_BATCHES} or more a step"),
     ("*.layout.dispatcher", "needs no GPU"),
+    ("*.layout.pipeline", "even: a written pipeline has the published number of layers"),
     ("*.layout.*", "1: any number of ranks is data parallel"),
 )
 
@@ -260,6 +261,7 @@ def _layout(seq_len: int, batch_divisor: int) -> Layout:
         tp=1,
         pp=1,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=1,

@@ -53,6 +53,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tp2 etp2": (2, 1, {"tp": 2, "etp": 2}),
     "pp2": (2, 1, {"pp": 2}),
     "pp2 vpp2": (2, 1, {"pp": 2, "vpp": 2}),
+    "pp3 written": (3, 1, {"pp": 3, "pipeline": "E|ttt|mL"}),
     "cp2 heads": (2, 1, {"cp": 2, "cp_scheme": "heads"}),
     "cp2 ring": (2, 1, {"cp": 2, "cp_scheme": "ring"}),
     "cp4 gather": (4, 1, {"cp": 4, "cp_scheme": "gather"}),
@@ -66,7 +67,7 @@ READ_BACK = {
     "latent": ("dp2", "pp2", "tp2 etp2", "cp2 heads", "tp2 cp2 ep2"),
     "grouped": ("pp2 vpp2", "cp2 ring", "dp2 tp2 ep2"),
     "softmax": ("cp4 gather", "dp2 pp2 ep2"),
-    "dual": ("pp2",),
+    "dual": ("pp2", "pp3 written"),
 }
 CASES = [(model, layout) for model, layouts in READ_BACK.items() for layout in (ONE, *layouts)]
 

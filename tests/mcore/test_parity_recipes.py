@@ -26,17 +26,34 @@ GRADIENT = 2e-5
 DOUBLE = 1e-10
 
 FAST = {
-    "vaetki_7b_a1b": "dp2,pp2,cp4,tp2xcp2xep2",
+    "vaetki_7b_a1b": "dp2,pp2,cp4,tp2xcp2xep2,pp2xvpp2xE|tt|tt|L",
     "vaetki_20b_a2b": "tp2",
     "vaetki_100b_a10b": "cp2xep2",
-    "k_exaone_236b_a23b": "tp2,ep2xpp2,cp2xring",
-    "keural_14b": "pp2,tp2xcp2,ep2xall_gather",
-    "ax_k1_519b_a33b": "tp2xep2xetp2,pp2xvpp2",
+    "k_exaone_236b_a23b": "tp2,ep2xpp2,cp2xring,pp3xE|ttt|tmL",
+    "keural_14b": "pp2,tp2xcp2,pp3xE|tttt|L,ep2xall_gather",
+    "ax_k1_519b_a33b": "tp2xep2xetp2,pp2xvpp2,pp2xvpp2xEt|t|tt|mL",
 }
 SCHEMES = "cp2xheads,cp2xring,cp4xgather,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8"
 GATHERED = "ep4xall_gather,tp2xetp2xall_gather,tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather"
+# What chunks hold: embedding and output layer alone, uneven layers, chunks without a decoder layer.
+PLAIN = "pp3xE|tttt|L,pp3xEt|ttt|L,pp2xvpp2xEt|tt|t|L,pp2xvpp2xE|tt|tt|L"
+PREDICTING = (
+    f"{PLAIN},pp3xE|ttt|tL,dp2xpp3xep2xE|ttt|tL,tp2xpp2xcp2xE|ttttL,tp2xpp3xE|tttt|L".replace(
+        "L", "mL"
+    )
+)
+PIPELINES = {
+    "vaetki_7b_a1b": PLAIN,
+    "keural_14b": PLAIN,
+    "k_exaone_236b_a23b": PREDICTING,
+    "ax_k1_519b_a33b": PREDICTING,
+}
 FULL = {
-    name: f"{DEFAULT},{SCHEMES},{GATHERED},{FIVE}" if name == "k_exaone_236b_a23b" else DEFAULT
+    name: ",".join(
+        [DEFAULT]
+        + ([SCHEMES, GATHERED, FIVE] if name == "k_exaone_236b_a23b" else [])
+        + ([PIPELINES[name]] if name in PIPELINES else [])
+    )
     for name in recipe_names()
 }
 
@@ -122,8 +139,8 @@ def test_data_parallelism_changes_no_bit_of_any_recipe(rows, name):
     assert [worst["difference"] for worst in found["tensors"].values()] == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
-def test_data_parallelism_and_a_plain_pipeline_change_no_bit(rows, layout):
+@pytest.mark.parametrize("layout", ["dp2", "pp2", "pp2xvpp2xE|tt|tt|L"])
+def test_data_parallelism_and_a_pipeline_change_no_bit(rows, layout):
     """Sums over micro-batches and ranks are float64; a pipeline only cuts between layers."""
     found = rows("vaetki_7b_a1b", FAST["vaetki_7b_a1b"])[layout]["comparison"]
     assert [worst["difference"] for worst in found["tensors"].values()] == [0.0, 0.0, 0.0]

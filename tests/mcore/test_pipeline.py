@@ -1,9 +1,27 @@
-"""What Megatron-core needs where a rank of a pipeline has few layers."""
+"""Written pipelines as Megatron-core takes them, and what it needs where a rank has few layers.
+
+That they train the model of one process: test_parity_recipes.py and test_parity.py.
+"""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from megamoe.recipe.pipeline import written_chunks
 from tests.mcore import tiny
 from tests.mcore.world import train, world_of_one
+
+LETTERS = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+PIECES = st.sampled_from(["t", "t*3", "t*12,", "(tt|)*2t", "(t|t*2,|)*3tt", "t|t"])
+
+
+@given(st.lists(PIECES, max_size=6), st.sampled_from(["L", "|L", "|mL", "t,m*2L", "|tm,L"]))
+def test_a_pipeline_is_read_as_megatron_core_reads_it(pieces, end):
+    text = "E" + "".join(pieces) + end
+    wanted = PipelineParallelLayerLayout.parse_str_to_list(text)
+    chunks = tuple("".join(LETTERS[layer.name] for layer in chunk) for chunk in wanted)
+    assert written_chunks(text, len(chunks)) == chunks
 
 
 @pytest.fixture

@@ -109,7 +109,16 @@ DUAL = replace(
 )
 
 LAYOUT = Layout(
-    tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, dispatcher="all_to_all", micro_batch=2
+    tp=1,
+    pp=1,
+    vpp=1,
+    pipeline="even",
+    cp=1,
+    cp_scheme="auto",
+    ep=1,
+    etp=1,
+    dispatcher="all_to_all",
+    micro_batch=2,
 )
 ROUTER = Router(
     aux_loss=1e-2,

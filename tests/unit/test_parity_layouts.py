@@ -45,6 +45,13 @@ def test_a_dispatcher_can_be_named():
     assert plain.layout.dispatcher == "all_to_all"
 
 
+def test_what_the_chunks_of_a_pipeline_hold_can_be_written():
+    (grid,) = parse_layouts("pp2xvpp2xE|tt|tt|mLxep2", MICRO_BATCH)
+    assert (grid.layout.pipeline, grid.layout.ep, grid.world_size) == ("E|tt|tt|mL", 2, 4)
+    plan = plan_of(small_recipe("k_exaone_236b_a23b"), grid, seed=0)
+    assert layout_text(plan.segments[0]) == "dp2 pp2 vpp2 ep2 E|tt|tt|mL"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -56,6 +63,7 @@ def test_a_dispatcher_can_be_named():
         ("tp2xtp4", "--layouts: 'tp2xtp4' has tp twice; give it once"),
         ("cp2,tp2,cp2", "--layouts: 'cp2' is there twice; give it once"),
         ("vpp2", "vpp: 2 needs pp above 1; give vpp=1 or a larger pp"),
+        ("pp3xEtt|ttL", "pipeline: 'Ett|ttL' has 2 chunks, and pp x vpp is 3; put 2 | into it"),
     ],
 )
 def test_a_wrong_word_is_refused(text, message):
@@ -69,6 +77,10 @@ def test_a_wrong_word_is_refused(text, message):
         ("tp8", "layout tp8: vaetki_7b_a1b/general: model.attention.num_heads 4 is not a multiple"),
         ("ep3", "layout ep3: general.layout.ep: 3 does not divide num_routed 16"),
         ("dp16", "layout dp16: vaetki_7b_a1b/general: batch_ramp entry (0, 8): 8 sequences are"),
+        (
+            "pp2xEtt|ttmL",
+            "layout pp2xEtt|ttmL: general.layout.pipeline: 'Ett|ttmL' has 1 m, and model.mtp is None",
+        ),
         ("dp3xep2", "layout dp3xep2: vaetki_7b_a1b/general: world size 3 is not a multiple of etp"),
     ],
 )

@@ -54,6 +54,7 @@ GENERAL = Stage(
         tp=1,
         pp=1,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=2,

@@ -6,12 +6,21 @@ import pytest
 
 from megamoe.errors import PlanError
 from megamoe.plan.build import Options, build_plan
-from megamoe.plan.layout import last_rank_layers, layout_text
+from megamoe.plan.layout import layout_text
 from megamoe.recipe import GQA, Fp8Block, Fp8Delayed, Layout
 from tests.unit.test_plan_build import CPU, GENERAL, RECIPE
 
 ONES = Layout(
-    tp=1, pp=1, vpp=1, cp=1, cp_scheme="auto", ep=1, etp=1, dispatcher="all_to_all", micro_batch=1
+    tp=1,
+    pp=1,
+    vpp=1,
+    pipeline="even",
+    cp=1,
+    cp_scheme="auto",
+    ep=1,
+    etp=1,
+    dispatcher="all_to_all",
+    micro_batch=1,
 )
 
 
@@ -70,7 +79,7 @@ def test_other_world_sizes_are_whole_nodes():
     [
         (replace(ONES, tp=8), "model.attention.num_heads 4 is not a multiple of tp 8"),
         (replace(ONES, etp=64), "model.experts.ffn_dim 32 is not a multiple of etp 64"),
-        (replace(ONES, pp=3), "num_layers 4 is not a multiple of pp 3 x vpp 1 = 3"),
+        (replace(ONES, pp=3), "num_layers 4 is not a multiple of pp 3 x vpp 1 = 3, and leaves"),
     ],
 )
 def test_model_sizes_that_an_axis_does_not_divide(layout, message):
@@ -79,16 +88,26 @@ def test_model_sizes_that_an_axis_does_not_divide(layout, message):
     assert message in str(caught.value)
 
 
-def test_the_last_rank_of_a_pipeline_may_hold_fewer_layers():
+def test_the_last_chunk_of_a_pipeline_may_hold_fewer_layers():
     model = replace(RECIPE.model, num_layers=61)
-    assert plan(world_size=16, model=model, layout=replace(ONES, pp=16)).segments[0].dp == 1
-    assert last_rank_layers(61, replace(ONES, pp=16)) == 1
-    assert last_rank_layers(61, replace(ONES, pp=15)) == -9
-    assert last_rank_layers(60, replace(ONES, pp=15)) == 4
-    with pytest.raises(PlanError, match="num_layers 61 is not a multiple of pp 15 x vpp 1 = 15"):
-        plan(world_size=15, model=model, layout=replace(ONES, pp=15))
-    with pytest.raises(PlanError, match="num_layers 61 is not a multiple of pp 16 x vpp 2 = 32"):
-        plan(world_size=16, model=model, layout=replace(ONES, pp=16, vpp=2))
+    layout = replace(ONES, pp=16)
+    assert plan(world_size=16, model=model, layout=layout).segments[0].dp == 1
+    assert layout.chunks(model) == ("Etttt", *["tttt"] * 14, "tL")
+    assert replace(ONES, pp=4, vpp=4).chunks(model) == ("Etttt", *["tttt"] * 14, "tL")
+    assert replace(ONES, pp=15).chunks(replace(model, num_layers=60))[-1] == "ttttL"
+    for layout in (replace(ONES, pp=15), replace(ONES, pp=15, vpp=2)):
+        with pytest.raises(
+            PlanError, match="and leaves the last chunk none; use pp x vpp = 1 or 61"
+        ):
+            plan(world_size=15, model=model, layout=layout)
+
+
+def test_a_written_pipeline_places_what_cannot_be_dealt():
+    model = replace(RECIPE.model, num_layers=61)
+    layout = replace(ONES, pp=16, vpp=2, pipeline="Et|(tt|)*30L")
+    (segment,) = plan(world_size=16, model=model, layout=layout, batch_ramp=((0, 16),)).segments
+    assert segment.layout.chunks(model) == ("Et", *["tt"] * 30, "L")
+    assert layout_text(segment) == "dp1 pp16 vpp2 Et|(tt|)*30L"
 
 
 def test_key_value_heads_are_split_or_repeated_evenly():

@@ -69,12 +69,13 @@ def test_values_that_need_each_other_go_in_any_order(order: tuple[int, ...]):
 
 
 def test_a_whole_object_and_one_of_its_fields_can_both_be_set():
-    whole = "general.layout=Layout(tp=1,pp=2,vpp=1,cp=1,cp_scheme='auto',ep=1,etp=1,dispatcher='all_to_all',micro_batch=4)"
+    whole = "general.layout=Layout(tp=1,pp=2,vpp=1,pipeline='even',cp=1,cp_scheme='auto',ep=1,etp=1,dispatcher='all_to_all',micro_batch=4)"
     loaded = changed(whole, "general.layout.pp=3")
     assert stage(loaded, "general").layout == Layout(
         tp=1,
         pp=3,
         vpp=1,
+        pipeline="even",
         cp=1,
         cp_scheme="auto",
         ep=1,
