@@ -54,7 +54,7 @@ def snapshot(
             does not change while a process lives, so the first time is enough.
     """
     state = _state(chunks, optimizer, is_loading=False)
-    sharded, common = save_preprocess(state, validate)
+    sharded, common = save_preprocess(state, validate, _filled)
     tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # noqa: FBT003 - main replicas
     for tensor in (tensor for parts in tensors.values() for tensor in parts):
         tensor.data = _copy(tensor.data)
@@ -137,6 +137,19 @@ def cause(error: BaseException) -> str:
         where = ""
     kind = "" if isinstance(error, MegamoeError) else f"{type(error).__name__}: "
     return f"{kind}{error}".splitlines()[0] + where
+
+
+def _filled(common: dict[Any, Any]) -> dict[Any, Any]:
+    """Return what must be the same on all ranks: all but that one has no weight in a part of it.
+
+    Megatron-Core 0.16.1 dist_checkpointing/validation.py:397 warns where a pipeline rank without an
+    expert has {} for the state of the others' experts.
+    """
+    return {
+        key: _filled(value) if isinstance(value, dict) else value
+        for key, value in common.items()
+        if not isinstance(value, dict) or value
+    }
 
 
 def _copy(data: Tensor) -> Tensor:
