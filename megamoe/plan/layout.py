@@ -152,7 +152,7 @@ def _check_pipeline(place: str, model: Model, stage: Stage) -> None:
     if stage.layout.chunks(model) is None:
         raise PlanError(
             f"{place}: num_layers {model.num_layers} is not a multiple of pp {pp} x vpp {vpp} = "
-            f"{pp * vpp}, and leaves the last chunk none"
+            f"{pp * vpp}, and leaves the last chunk none unless layout.pipeline is written"
         )
 
 

@@ -13,6 +13,7 @@ from megamoe.plan.cli import local_cluster
 from megamoe.plan.layout import settle_dp
 from megamoe.recipe import Fp32, Layout
 from megamoe.recipe.load import load_recipe, recipe_names
+from megamoe.recipe.pipeline import EVEN
 
 NAMES = tuple(recipe_names())
 RECIPES = {name: load_recipe(name).recipe for name in NAMES}
@@ -24,6 +25,7 @@ LAYOUTS = st.builds(
     tp=st.sampled_from([1, 1, 2, 3, 4, 8]),
     pp=st.sampled_from([1, 1, 2, 4, 5, 8, 16]),
     vpp=st.just(1),
+    pipeline=st.just(EVEN),
     cp=st.sampled_from([1, 1, 2, 3, 4, 6]),
     cp_scheme=st.sampled_from(["auto", "heads"]),
     ep=st.sampled_from([1, 2, 4, 8, 16]),
@@ -49,6 +51,12 @@ def sizes(text, what):
     return [int(size.replace(",", "")) for size in found.groups() if size] if found else []
 
 
+def written(model, pp):
+    """Return a pipeline with one layer on all ranks but the last."""
+    predictions = model.mtp.num_layers if model.mtp else 0
+    return f"E{'t|' * (pp - 1)}t*{model.num_layers - pp + 1}{'m' * predictions}L"
+
+
 def layout_of(text, before):
     """Return the layout of 'dp4 tp2 ep8 micro_batch 1', its dp and its world size, if another."""
     world_size, words = LAYOUT.search(text).groups()
@@ -57,6 +65,8 @@ def layout_of(text, before):
         word = words.pop(0)
         if match := re.fullmatch(r"([a-z]+)(\d+)", word):
             changes[match[1]] = int(match[2])
+        elif word.startswith("E"):
+            changes["pipeline"] = word
         else:
             value = words.pop(0)
             changes[word] = int(value) if value.isdigit() else value
@@ -68,15 +78,17 @@ def layout_of(text, before):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     layout=LAYOUTS,
-    interleaved=st.booleans(),
+    pipeline=st.sampled_from(["even", "interleaved", "written"]),
     world_size=st.sampled_from([1, 6, 8, 24, 64, 256, 1024, 1536]),
     stage=st.integers(0, 4),
 )
-def test_every_remedy_passes_every_check(name, layout, interleaved, world_size, stage):
+def test_every_remedy_passes_every_check(name, layout, pipeline, world_size, stage):
     recipe = RECIPES[name]
     stage = recipe.stages[stage % len(recipe.stages)]
-    if interleaved and layout.pp > 1:
+    if pipeline == "interleaved" and layout.pp > 1:
         layout = replace(layout, vpp=2)
+    if pipeline == "written" and layout.pp > 1:
+        layout = replace(layout, pipeline=written(recipe.model, layout.pp))
     stage = replace(stage, layout=layout)
     try:
         replace(recipe, stages=(stage,), assumed=())
