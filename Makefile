@@ -52,7 +52,7 @@ test-latest: $(LATEST)/installed ## the test suite on Python 3.12 and the newest
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-parity: $(READY) ## compare every recipe in 13 layouts with one process, tensor by tensor; 20 minutes
+parity: $(READY) ## compare every recipe in 13 layouts and more with one process, tensor by tensor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity $(ARGS)
 
 gpu-check: $(READY) ## measure training steps on a GPU; without: ARGS='--device cpu --scale tiny'

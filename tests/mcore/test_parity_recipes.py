@@ -26,44 +26,31 @@ GRADIENT = 2e-5
 DOUBLE = 1e-10
 
 FAST = {
-    "vaetki_7b_a1b": "dp2,pp2,cp4,tp2xcp2xep2,pp2xvpp2xE|tt|tt|L",
+    "vaetki_7b_a1b": "dp2,pp2,cp4,tp2xcp2xep2",
     "vaetki_20b_a2b": "tp2",
     "vaetki_100b_a10b": "cp2xep2",
-    "k_exaone_236b_a23b": "tp2,ep2xpp2,cp2xring,pp3xE|ttt|tmL",
-    "keural_14b": "pp2,tp2xcp2,pp3xE|tttt|L,ep2xall_gather",
-    "ax_k1_519b_a33b": "tp2xep2xetp2,pp2xvpp2,pp2xvpp2xEt|t|tt|mL",
+    "k_exaone_236b_a23b": "ep2xpp2,cp2xring,pp3xE|ttt|tmL",
+    "keural_14b": "tp2xcp2,pp3xE|tttt|L,ep2xall_gather",
+    "ax_k1_519b_a33b": "tp2xep2xetp2,pp2xvpp2xEt|t|tt|mL",
 }
-SCHEMES = "cp2xheads,cp2xring,cp4xgather,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8"
-GATHERED = "ep4xall_gather,tp2xetp2xall_gather,tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather"
-# What chunks hold: embedding and output layer alone, uneven layers, chunks without a decoder layer.
-PLAIN = "pp3xE|tttt|L,pp3xEt|ttt|L,pp2xvpp2xEt|tt|t|L,pp2xvpp2xE|tt|tt|L"
-PREDICTING = (
-    f"{PLAIN},pp3xE|ttt|tL,dp2xpp3xep2xE|ttt|tL,tp2xpp2xcp2xE|ttttL,tp2xpp3xE|tttt|L".replace(
-        "L", "mL"
-    )
-)
-PIPELINES = {
-    "vaetki_7b_a1b": PLAIN,
-    "keural_14b": PLAIN,
-    "k_exaone_236b_a23b": PREDICTING,
-    "ax_k1_519b_a33b": PREDICTING,
+# Beyond DEFAULT: ways to attend together and to reach experts, all axes at once, and what chunks of a
+# pipeline hold: embedding and output layer alone, uneven layers, no decoder layer.
+MORE = {
+    "vaetki_7b_a1b": "pp3xE|tttt|L,pp2xvpp2xEt|tt|t|L",
+    "k_exaone_236b_a23b": "cp2xheads,cp2xring,cp4xgather,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8,"
+    "tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather,"
+    f"pp3xEt|ttt|mL,pp2xvpp2xE|tt|tt|mL,tp2xpp2xcp2xE|ttttmL,{FIVE}",
+    "keural_14b": "pp3xEt|ttt|L,pp2xvpp2xE|tt|tt|L",
+    "ax_k1_519b_a33b": "pp3xE|tttt|mL,dp2xpp3xep2xE|ttt|tmL",
 }
-FULL = {
-    name: ",".join(
-        [DEFAULT]
-        + ([SCHEMES, GATHERED, FIVE] if name == "k_exaone_236b_a23b" else [])
-        + ([PIPELINES[name]] if name in PIPELINES else [])
-    )
-    for name in recipe_names()
-}
-
+FULL = {name: f"{DEFAULT},{MORE[name]}" if name in MORE else DEFAULT for name in recipe_names()}
 # With documents apart: what ranks know of them must be the same on all axes.
 PACKED = {"k_exaone_236b_a23b": "pp2xcp2"}
 PACKED_FULL = {
-    "k_exaone_236b_a23b": f"{DEFAULT},{SCHEMES}",
-    "vaetki_7b_a1b": "cp2,cp4,cp4xring,tp2xpp2xcp2xep2",
-    "ax_k1_519b_a33b": "cp2,pp2xvpp2,tp2xcp2xep2",
-    "keural_14b": "cp2,cp4,tp2xcp2",
+    "k_exaone_236b_a23b": "tp2,pp2xvpp2,cp4,cp2xheads,cp2xring",
+    "vaetki_7b_a1b": "cp4,tp2xpp2xcp2xep2",
+    "ax_k1_519b_a33b": "tp2xcp2xep2",
+    "keural_14b": "cp2",
 }
 
 
