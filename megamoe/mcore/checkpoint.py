@@ -54,7 +54,7 @@ def snapshot(
             does not change while a process lives, so the first time is enough.
     """
     state = _state(chunks, optimizer, is_loading=False)
-    sharded, common = save_preprocess(state, validate, _filled)
+    sharded, common = save_preprocess(state, validate, _settings)
     tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # noqa: FBT003 - main replicas
     for tensor in (tensor for parts in tensors.values() for tensor in parts):
         tensor.data = _copy(tensor.data)
@@ -139,16 +139,16 @@ def cause(error: BaseException) -> str:
     return f"{kind}{error}".splitlines()[0] + where
 
 
-def _filled(common: dict[Any, Any]) -> dict[Any, Any]:
-    """Return what must be the same on all ranks: all but that one has no weight in a part of it.
+def _settings(common: dict[Any, Any]) -> dict[Any, Any]:
+    """Return what must be the same on all ranks: all but what stands for tensors.
 
-    Megatron-Core 0.16.1 dist_checkpointing/validation.py:397 warns where a pipeline rank without an
-    expert has {} for the state of the others' experts.
+    Megatron-Core 0.16.1 dist_checkpointing/validation.py:397 warns of ranks that have None or {} there:
+    data-parallel ones that leave writing to the first, and those of a pipeline without an expert.
     """
     return {
-        key: _filled(value) if isinstance(value, dict) else value
+        key: _settings(value) if isinstance(value, dict) else value
         for key, value in common.items()
-        if not isinstance(value, dict) or value
+        if key != "param_state"
     }
 
 

@@ -52,7 +52,7 @@ def folder(tmp_path_factory):
     command = [sys.executable, "-W", "ignore", "-m", "tests.mcore.layouts", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # Megatron-core's warning about optimizers of ranks that hold no expert (checkpoint._filled).
+    # Megatron-core's warning of ranks that write no state of an optimizer (checkpoint._settings).
     assert "common state dict differs" not in done.stderr
     return folder
 
