@@ -7,9 +7,10 @@ from types import MappingProxyType
 from megamoe.convert.tables import TABLES, Table
 from megamoe.errors import CheckpointError
 from megamoe.plan.plan import Segment
-from megamoe.recipe.model import GQA, MLA, DualNorm, Model, PeriNorm, PreNorm
+from megamoe.recipe.model import GQA, MLA, DualNorm, Model, Mtp, PeriNorm, PreNorm
 
 Problems = Iterator[str]
+_DEEPSEEK_PREDICTION = Mtp(num_layers=1, ffn="moe")
 _LATENT_EPS = 1e-6  # of the norms of MLA's latents in transformers, whatever the configuration says
 
 
@@ -30,13 +31,11 @@ class Architecture:
         model_type: as config.json says.
         class_name: the class for language modelling.
         table: names of its tensors.
-        has_prediction: its files hold multi-token prediction; otherwise it is left out.
         has_yarn: YaRN is written for it and read.
     """
 
     model_type: str
     class_name: str
-    has_prediction: bool = False
     has_yarn: bool = False
 
     @property
@@ -44,14 +43,17 @@ class Architecture:
         """Names of its tensors."""
         return TABLES[self.model_type]
 
+    @property
+    def has_prediction(self) -> bool:
+        """Tell whether its files hold multi-token prediction; otherwise it is left out."""
+        return self.table.prediction is not None
+
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         architecture.model_type: architecture
         for architecture in (
-            Architecture(
-                model_type="exaone_moe", class_name="ExaoneMoeForCausalLM", has_prediction=True
-            ),
+            Architecture(model_type="exaone_moe", class_name="ExaoneMoeForCausalLM"),
             Architecture(model_type="mixtral", class_name="MixtralForCausalLM"),
             Architecture(model_type="keural_moe", class_name="KeuralMoECausalLM"),
             Architecture(
@@ -96,6 +98,15 @@ def architecture_for(stage: Stage, place: str) -> Architecture:
 def without_prediction(architecture: Architecture, model: Model) -> Model:
     """Return the part of a model that an architecture's files hold."""
     return model if architecture.has_prediction else replace(model, mtp=None)
+
+
+def remarks(architecture: Architecture, model: Model) -> Iterator[str]:
+    """Yield what readers of an architecture may not make of a model."""
+    if architecture.table.copies and model.mtp not in (None, _DEEPSEEK_PREDICTION):
+        yield (
+            f"readers of {architecture.model_type} know one layer of multi-token prediction, with experts; "
+            f"{model.mtp} is written, and what they make of it is not known"
+        )
 
 
 def problems(architecture: Architecture, stage: Stage) -> Problems:

@@ -20,6 +20,7 @@ _FREE = frozenset(
         "initializer_range",
         "max_position_embeddings",
         "model_type",
+        "num_nextn_predict_layers",  # the tensors tell: folders without them say 1 too
         "rope_interleave",
         "rope_parameters",
         "rope_scaling",
@@ -51,16 +52,19 @@ def config_of(architecture: Architecture, stage: Stage) -> Config:
 def differences(
     architecture: Architecture, stage: Stage, given: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield where a config.json says another model than the plan: 'hidden_size 64, not 32'."""
+    """Yield where a config.json says another model than the plan: 'hidden_size 64, not 32'.
+
+    Layers of prediction are told by the tensors, so a list of none of them is not compared.
+    """
     wanted = config_of(architecture, stage)
     if "quantization_config" in given:
         yield "quantization_config, whose weights are not read"
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    flat = {key: value for key, value in given.items() if value is not None}
+    flat = {key: value for key, value in given.items() if value is not None and value != []}
     if "rope_theta" in rope:
         flat["rope_theta"] = rope["rope_theta"]
     for key, value in wanted.items():
-        if key not in _FREE and flat.get(key, value) != value:
+        if key not in _FREE and value != [] and flat.get(key, value) != value:
             yield f"{key} {flat[key]}, not {value}"
     if architecture.model_type == "vaetki":
         yield from _interpolation_differences(stage, rope)
@@ -97,7 +101,7 @@ def rotary_is_split(given: Mapping[str, Any]) -> bool:
 def _exaone_moe(stage: Stage) -> Config:
     model, rope = stage.model, stage.model.local_rope
     assert rope is not None, model
-    prediction = model.mtp.num_layers if model.mtp else 0
+    prediction = _prediction(model)
     return {
         **_grouped(model),
         **_rope(rope),
@@ -113,8 +117,8 @@ def _exaone_moe(stage: Stage) -> Config:
         "layer_types": _layer_types(model),
         "sliding_window": model.window,
         "sliding_window_pattern": model.window_pattern,
-        "num_nextn_predict_layers": prediction,
-        "mtp_layer_types": ["full_attention"] * prediction,
+        **prediction,
+        "mtp_layer_types": ["full_attention"] * prediction["num_nextn_predict_layers"],
     }
 
 
@@ -138,8 +142,7 @@ def _keural(stage: Stage) -> Config:
 def _deepseek_v3(stage: Stage) -> Config:
     rope = stage.model.global_rope
     assert rope is not None, stage
-    # 0: multi-token prediction is not in the files
-    return {**_latent(stage.model), **_rope(rope), "num_nextn_predict_layers": 0}
+    return {**_latent(stage.model), **_rope(rope), **_prediction(stage.model)}
 
 
 def _axk1(stage: Stage) -> Config:
@@ -149,6 +152,7 @@ def _axk1(stage: Stage) -> Config:
     return {
         **_latent(model),
         **_rope(rope),
+        **_prediction(model),
         "mlp_layer_types": kinds,
         # whether there is a bias; transformers' class always has one
         "topk_method": "noaux_tc" if model.experts.expert_bias else None,
@@ -215,6 +219,10 @@ def _routing(model: Model) -> Config:
         "n_group": experts.num_groups,
         "topk_group": experts.group_top_k,
     }
+
+
+def _prediction(model: Model) -> Config:
+    return {"num_nextn_predict_layers": model.mtp.num_layers if model.mtp else 0}
 
 
 def _rope(rope: Rope) -> Config:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from megamoe.convert.ours import EXPERTS, Shape, our_tensors
-from megamoe.convert.rules import RotaryLast, Rule
-from megamoe.convert.tables import Table
+from megamoe.convert.rules import RotaryLast, Rule, Same
+from megamoe.convert.tables import Line, Table
 from megamoe.recipe.model import DualNorm, Model
 
 _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(?:transformer_layer\.)?(.+)")
@@ -23,6 +23,7 @@ class Entry:
     shape: Shape  # of the tensor, or of the expert
     rule: Rule
     theirs: tuple[tuple[str, Shape], ...]
+    is_copy: bool = False  # of a tensor that another entry holds; a folder may do without
 
     @property
     def is_float32(self) -> bool:
@@ -31,7 +32,7 @@ class Entry:
 
 
 def entries(table: Table, model: Model, *, rotary_is_split: bool = False) -> Iterator[Entry]:
-    """Yield every tensor of a model, experts one by one, in the order of our layers.
+    """Yield every tensor of a model, experts one by one, in the order of our layers; then the copies.
 
     Args:
         table: the names.
@@ -39,7 +40,7 @@ def entries(table: Table, model: Model, *, rotary_is_split: bool = False) -> Ite
         rotary_is_split: their rotary rows of MLA pair i with i + d/2.
     """
     for ours, shape in our_tensors(model).items():
-        prefix, (rule, names) = _line(table, ours)
+        prefix, (rule, names) = _line(table, model, ours)
         if isinstance(rule, RotaryLast):
             rule = replace(rule, is_split=rotary_is_split)
         bound = rule.bind(model)
@@ -58,6 +59,7 @@ def entries(table: Table, model: Model, *, rotary_is_split: bool = False) -> Ite
                     for name, part in zip(names, parts, strict=True)
                 ),
             )
+    yield from _copies(table, model)
 
 
 def useless_norms(table: Table, model: Model) -> Mapping[str, Shape]:
@@ -70,7 +72,7 @@ def useless_norms(table: Table, model: Model) -> Mapping[str, Shape]:
     normed = replace(model, norm=replace(model.norm, after_dense_mlp=True))
     own = our_tensors(model)
     found = {name: shape for name, shape in our_tensors(normed).items() if name not in own}
-    lines = {name: _line(table, name) for name in found}
+    lines = {name: _line(table, model, name) for name in found}
     return {prefix + names[0]: found[ours] for ours, (prefix, (_, names)) in lines.items()}
 
 
@@ -84,12 +86,35 @@ def usual_name(table: Table, name: str) -> str:
     return name
 
 
-def _line(table: Table, ours: str) -> tuple[str, tuple[Rule, tuple[str, ...]]]:
+def _copies(table: Table, model: Model) -> Iterator[Entry]:
+    """Yield the tables once more for each layer of multi-token prediction."""
+    for number in range(model.mtp.num_layers if model.mtp else 0):
+        for ours, theirs in table.copies:
+            name = table.copies[0][0] if model.tied_embeddings else ours
+            shape = (model.vocab_size, model.hidden_dim)
+            prefix = _prefix_of_prediction(table, model, number)
+            yield Entry(
+                ours=name,
+                index=None,
+                shape=shape,
+                rule=Same(),
+                theirs=((prefix + theirs, shape),),
+                is_copy=True,
+            )
+
+
+def _prefix_of_prediction(table: Table, model: Model, number: int) -> str:
+    assert table.prediction, "prediction is refused by the architecture"
+    first = model.num_layers if table.prediction == table.layer else 0
+    return table.prediction.format(first + number)
+
+
+def _line(table: Table, model: Model, ours: str) -> tuple[str, Line]:
     if ours in table.once:
         return "", table.once[ours]
     found = _LAYER.fullmatch(ours)
     assert found, ours
     kind, number, rest = found.groups()
-    prefix = table.layer if kind == "decoder" else table.prediction
-    assert prefix, f"{ours} is refused by the architecture"
-    return prefix.format(number), table.in_layer[rest]
+    if kind == "decoder":
+        return table.layer.format(number), table.in_layer[rest]
+    return _prefix_of_prediction(table, model, int(number)), table.in_layer[rest]

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import megamoe
 from megamoe.checkpoints import folder as files
@@ -41,6 +42,7 @@ class _Source:
 
     place: str
     tensors: dict[str, HfTensor]
+    entries: list[Entry]  # without the copies that the folder does not hold
     left_out: list[audit.Record]  # of what the folder holds and the model does not
     hashes: dict[str, str] | None  # of its audit
     dtype: torch.dtype  # of the weights to write
@@ -72,7 +74,7 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
             say(_what_is_left_out(source.left_out))
         if remark := compare_tokenizer(folder, plan.data):
             say(remark)
-        pairs = _write_weights(new.tensors, source, found, say)
+        pairs = _write_weights(new.tensors, source, say)
         for ours, shape in share_tensors(plan.model).items():
             new.tensors.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
         facts: dict[str, object] = {
@@ -113,6 +115,8 @@ def _source(
     """Compare names and shapes of all tensors with the model's before one of them is read."""
     place = str(theirs.path)
     tensors = theirs.tensors(architecture.table)
+    _check_prediction(place, tensors, found)
+    found = [entry for entry in found if not entry.is_copy or entry.theirs[0][0] in tensors]
     wanted = {name: shape for entry in found for name, shape in entry.theirs}
     # transformers keeps a bias in any such model; without one it is 0, and moves no choice.
     useless = useless_norms(architecture.table, model)
@@ -136,10 +140,20 @@ def _source(
     return _Source(
         place=place,
         tensors=tensors,
+        entries=found,
         left_out=left_out,
         hashes=audit.read_hashes(theirs.path),
         dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )
+
+
+def _check_prediction(place: str, tensors: dict[str, HfTensor], found: list[Entry]) -> None:
+    """Raise CheckpointError if a folder holds nothing of a prediction that the model has."""
+    theirs = [name for entry in found if entry.ours.startswith("mtp.") for name, _ in entry.theirs]
+    if theirs and not any(name in tensors for name in theirs):
+        raise CheckpointError(
+            f"{place}: holds no multi-token prediction; give the plan --set model.mtp=None"
+        )
 
 
 def _what_is_left_out(records: list[audit.Record]) -> str:
@@ -147,32 +161,52 @@ def _what_is_left_out(records: list[audit.Record]) -> str:
     return f"left out: {records[0].name}{more}; the plan's model has no such tensor"
 
 
-def _write_weights(
-    writer: TensorWriter, source: _Source, found: list[Entry], say: Say
-) -> list[audit.Pair]:
-    pairs = []
+def _write_weights(writer: TensorWriter, source: _Source, say: Say) -> list[audit.Pair]:
+    pairs: list[audit.Pair] = []
     done = said = 0
-    for entry in found:
+    for entry in source.entries:
         parts = tuple(read(source.tensors[name]) for name, _ in entry.theirs)
-        records = []
-        for (name, _), part in zip(entry.theirs, parts, strict=True):
-            audit.check_finite(source.place, name, part)
-            records.append(audit.record(name, part))
-            if source.hashes is not None and source.hashes.get(name) != records[-1].sha256:
-                raise CheckpointError(
-                    f"{source.place}: {name} is not the tensor of {audit.AUDIT}, its SHA-256 is another"
-                )
+        records = tuple(
+            _record(source, name, part) for (name, _), part in zip(entry.theirs, parts, strict=True)
+        )
+        if entry.is_copy:
+            pairs.append(_pair_of_copy(source, entry, records, pairs))
+            continue
         dtype = torch.float32 if entry.is_float32 else source.dtype
         ours = entry.rule.join(parts).to(dtype).contiguous()
         assert tuple(ours.shape) == entry.shape, (entry.ours, ours.shape)
         writer.write(entry.ours, ours, entry.index)
         expert = None if entry.index is None else entry.index[0]
-        pairs.append(audit.Pair(ours=audit.record(entry.ours, ours, expert), theirs=tuple(records)))
+        pairs.append(audit.Pair(ours=audit.record(entry.ours, ours, expert), theirs=records))
         done += ours.numel() * ours.element_size()
         if done - said >= _SAY_EVERY_BYTES:
             say(f"{entry.ours}  {done:,} bytes so far")
             said = done
     return pairs
+
+
+def _record(source: _Source, name: str, part: Tensor) -> audit.Record:
+    audit.check_finite(source.place, name, part)
+    record = audit.record(name, part)
+    if source.hashes is not None and source.hashes.get(name) != record.sha256:
+        raise CheckpointError(
+            f"{source.place}: {name} is not the tensor of {audit.AUDIT}, its SHA-256 is another"
+        )
+    return record
+
+
+def _pair_of_copy(
+    source: _Source, entry: Entry, records: tuple[audit.Record, ...], pairs: list[audit.Pair]
+) -> audit.Pair:
+    """Compare a copy with its original, which was read before it, by their hashes."""
+    original = next(pair for pair in pairs if pair.ours.name == entry.ours)
+    copy, table = records[0], original.theirs[0]
+    if (copy.dtype, copy.sha256) != (table.dtype, table.sha256):
+        raise CheckpointError(
+            f"{source.place}: {copy.name} is not equal to {table.name}; "
+            "the plan's model has one table for both"
+        )
+    return audit.Pair(ours=original.ours, theirs=records)
 
 
 def _progress(plan: Plan, tokens_seen: int, run_dir: Path) -> Progress:

@@ -21,7 +21,9 @@ class Table:
         layer: their prefix of a decoder layer, with `{}` for its number.
         once: tensors outside layers.
         in_layer: tensors of a decoder layer, of any kind.
-        prediction: their prefix of the layer of multi-token prediction; None: has none.
+        prediction: their prefix of a layer of multi-token prediction; where it is that of decoder
+            layers, its number follows theirs. None: has none.
+        copies: our tables that each layer of multi-token prediction holds once more, and their names.
         other_names: endings, or beginnings, by which some folders have a name, and the usual one.
     """
 
@@ -29,6 +31,7 @@ class Table:
     once: Lines
     in_layer: Lines
     prediction: str | None = None
+    copies: tuple[tuple[str, str], ...] = ()
     other_names: tuple[tuple[str, str], ...] = ()
 
 
@@ -89,6 +92,21 @@ _MLPS: dict[str, Line] = {
     **_mlp("mlp.shared_experts", "mlp.shared_experts", _PROJECTIONS),
 }
 _BIAS_OF_GATE = {"mlp.router.expert_bias": _same("mlp.gate.e_score_correction_bias")}
+# Names of DeepSeek-V3's files (its README_WEIGHTS.md). Columns of eh_proj: the embedding's, then the
+# hidden state's, as in Megatron-core (multi_token_prediction.py, `_concat_embeddings`) and in the
+# readers of those files (vLLM's deepseek_mtp.py, SGLang's deepseek_nextn.py); eq. 21 of the report
+# writes them the other way round.
+_PREDICTION: dict[str, Line] = {
+    "enorm.weight": _same("enorm.weight"),
+    "hnorm.weight": _same("hnorm.weight"),
+    "eh_proj.weight": _same("eh_proj.weight"),
+    "final_layernorm.weight": _same("shared_head.norm.weight"),
+}
+# vLLM takes the tables of prediction from these copies; without them it draws from memory as it is.
+_COPIES = (
+    ("embedding.word_embeddings.weight", "embed_tokens.weight"),
+    ("output_layer.weight", "shared_head.head.weight"),
+)
 
 EXAONE_MOE = Table(
     layer="model.layers.{}.",
@@ -116,14 +134,19 @@ AXK1 = Table(
         **_TWO_NORMS,
         **_MLPS,
         **_BIAS_OF_GATE,
+        **_PREDICTION,
         "mlp_bda.norm.weight": _same("post_mlp_layernorm.weight"),
     },
+    prediction="model.layers.{}.",
+    copies=_COPIES,
     other_names=((".mlp.post_mlp_layernorm.weight", ".post_mlp_layernorm.weight"),),
 )
 DEEPSEEK_V3 = Table(
     layer="model.layers.{}.",
     once=_ONCE,
-    in_layer={**_LATENT, **_TWO_NORMS, **_MLPS, **_BIAS_OF_GATE},
+    in_layer={**_LATENT, **_TWO_NORMS, **_MLPS, **_BIAS_OF_GATE, **_PREDICTION},
+    prediction="model.layers.{}.",
+    copies=_COPIES,
 )
 VAETKI = Table(
     layer="model.layers.{}.",

@@ -20,6 +20,7 @@ from megamoe.convert.architectures import (
     Architecture,
     Stage,
     architecture_for,
+    remarks,
     stage_of,
     without_prediction,
 )
@@ -100,6 +101,8 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
         _write_configs(partial, architecture, stage, plan, pairs)
         if needs_code(architecture, plan.model):
             say(copy_code(partial))
+        for remark in remarks(architecture, plan.model):
+            say(remark)
         say(copy_tokenizer(plan.data, partial))
         (partial / audit.AUDIT).write_text(audit.audit_text(facts, pairs), encoding="utf-8")
         _publish(partial, out)

@@ -10,7 +10,7 @@ from megamoe.mcore.engine import Engine
 from megamoe.mcore.model import unwrap
 from megamoe.plan.json import write_plan
 from megamoe.plan.plan import Plan
-from megamoe.recipe import DualNorm, Model, PreNorm, Rope, Yarn
+from megamoe.recipe import DualNorm, Model, Mtp, PreNorm, Rope, Yarn
 from tests.mcore import tiny
 from tests.mcore.test_model import randomize
 
@@ -70,6 +70,14 @@ MODELS: dict[str, Model] = {
         attention=_ROTATED,
         global_rope=replace(_STRETCHED, yarn=replace(_YARN, mscale=0.5, mscale_all_dim=0.0)),
     ),
+    "deepseek_v3, prediction": replace(
+        _LATENT,
+        experts=replace(_LATENT.experts, expert_bias=True),
+        mtp=Mtp(num_layers=1, ffn="moe"),
+    ),
+    "deepseek_v3, two predictions, tied": replace(
+        _LATENT, tied_embeddings=True, mtp=Mtp(num_layers=2, ffn="dense")
+    ),
     "axk1": replace(_LATENT, norm=_DUAL, num_dense_layers=0, dense_ffn_dim=None),
     "axk1, dense layer": replace(_LATENT, norm=_DUAL),
     "axk1, norm after a dense layer": replace(_LATENT, norm=replace(_DUAL, after_dense_mlp=True)),
@@ -80,6 +88,12 @@ MODELS: dict[str, Model] = {
         attention=_ROTATED,
         global_rope=_STRETCHED,
         experts=replace(_LATENT.experts, expert_bias=True),
+    ),
+    "axk1, prediction": replace(
+        _LATENT,
+        norm=replace(_DUAL, after_dense_mlp=True),
+        experts=replace(_LATENT.experts, expert_bias=True),
+        mtp=Mtp(num_layers=1, ffn="moe"),
     ),
     "vaetki": tiny.LATENT,
     "keural_moe": tiny.SOFTMAX,

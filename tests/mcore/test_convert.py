@@ -24,6 +24,7 @@ from tests.mcore.converted import MODELS, all_logits, logits, plan_of, saved, to
 from tests.mcore.test_convert_tokenizer import data_with
 from tests.mcore.test_model import reference_weights
 from tests.mcore.world import adam_states, everything, world_of_one
+from tests.reference import deepseek
 from tests.reference.model import Reference
 
 # Logits are of the size 1 to 5: sums of some 100 float32 products in other orders, over 4 layers.
@@ -31,7 +32,8 @@ TOLERANCE = 1e-5
 SHARD_BYTES = 20_000  # many files
 INTERPOLATED = "vaetki, interpolated"
 IN_TRANSFORMERS = [*MODELS, INTERPOLATED]
-MADE = [n for n in IN_TRANSFORMERS if n != "exaone_moe"]  # no class makes multi-token prediction
+# No class makes multi-token prediction.
+MADE = [n for n in IN_TRANSFORMERS if n == INTERPOLATED or MODELS[n].mtp is None]
 # What no class of transformers computes, with a tokenizer of each form.
 CODE = {
     "axk1, norm after a dense layer": None,
@@ -159,7 +161,7 @@ def test_a_run_goes_on_after_export_and_import_as_if_it_had_never_left(name, tmp
             assert abs(result.mtp_loss - expected.mtp_loss) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["vaetki", "keural_moe", "exaone_moe"])
+@pytest.mark.parametrize("name", ["vaetki", "keural_moe", "exaone_moe", "axk1, prediction"])
 def test_an_imported_model_is_that_of_the_reference(name, tmp_path):
     """Written from the papers, in float64: VAETKI and Keural have no class in transformers."""
     plan = plan_of(tmp_path / "run", name)
@@ -173,8 +175,30 @@ def test_an_imported_model_is_that_of_the_reference(name, tmp_path):
         ours = all_logits(engine)
         weights = reference_weights(engine.chunks[0])
     outputs = Reference(plan.model, weights).run(tokens())
-    for found, wanted in zip(ours, (outputs.logits, *outputs.mtp_logits), strict=True):
-        assert (found - wanted).abs().max() < TOLERANCE
+    check_all(ours, outputs)
+
+
+@pytest.mark.parametrize("name", ["axk1, prediction", "deepseek_v3, two predictions, tied"])
+def test_files_with_the_names_of_deepseek_give_the_reference_our_predictions(name, tmp_path):
+    plan = plan_of(tmp_path / "run", name)
+    with world_of_one(plan):
+        ours = all_logits(saved(plan, tmp_path / "run"))
+    export(tmp_path / "run", tmp_path / "out")
+    files = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        files |= load_file(file)
+    outputs = Reference(plan.model, deepseek.reference_weights(files, plan.model)).run(tokens())
+    check_all(ours, outputs)
+    first = f"model.layers.{plan.model.num_layers}"
+    table = files["model.embed_tokens.weight"]
+    assert torch.equal(files[f"{first}.embed_tokens.weight"], table)
+    assert torch.equal(
+        files[f"{first}.shared_head.head.weight"], files.get("lm_head.weight", table)
+    )
+    # The hidden state's columns before the embedding's, as eq. 21 of the report has them.
+    files[f"{first}.eh_proj.weight"] = files[f"{first}.eh_proj.weight"].roll(table.shape[1], dims=1)
+    swapped = Reference(plan.model, deepseek.reference_weights(files, plan.model)).run(tokens())
+    assert (ours[1] - swapped.mtp_logits[0]).abs().max() > 1_000 * TOLERANCE
 
 
 @pytest.mark.parametrize("precision", [Fp32(), Bf16()], ids=["float32", "bfloat16"])
@@ -224,6 +248,13 @@ def test_the_exact_copies_of_rounded_weights_are_exported_as_float32(tmp_path):
         exact = states[f"0.{ours}"]["weight"].flatten()[: found[theirs].numel()]
         assert not torch.equal(exact, exact.bfloat16().float()), ours
         assert torch.equal(found[theirs].flatten(), exact), ours
+
+
+def check_all(ours, outputs):
+    """Compare with float64: a prediction is a fifth layer, after a sum over twice the width."""
+    assert (ours[0] - outputs.logits).abs().max() < TOLERANCE
+    for found, wanted in zip(ours[1:], outputs.mtp_logits, strict=True):
+        assert (found - wanted).abs().max() < 2 * TOLERANCE
 
 
 def differing(left, right):

@@ -15,7 +15,7 @@ from megamoe.convert.architectures import (
 )
 from megamoe.convert.config import config_of, differences
 from megamoe.convert.entries import entries
-from megamoe.recipe import Model
+from megamoe.recipe import Model, PreNorm
 from megamoe.recipe.load import load_recipe, recipe_names
 from megamoe.recipe.scale import scale_tiny
 
@@ -114,3 +114,32 @@ def test_a_x_k1_has_the_976_keys_and_the_size_of_its_index():
     assert len(found) == 976 - 60 * 2 + 60 * 192 * 3
     norms = [name for name in found if name.endswith(".post_mlp_layernorm.weight")]
     assert len(norms) == 61
+    # Its prediction is one more layer, a projection, three norms and two tables.
+    tables, layer = 2 * 163_840 * 7_168, "model.layers.60."
+    last = sum(math.prod(shape) for name, shape in found.items() if name.startswith(layer))
+    added = tensors("axk1", replace(model, mtp=whole.mtp))
+    assert sum(map(math.prod, added.values())) == (
+        518_983_059_456 + last + 2 * 7_168**2 + 3 * 7_168 + tables
+    )
+
+
+def test_deepseek_v3_has_the_size_of_its_files_with_prediction_and_its_copies():
+    """The Hub counts 3,918,786,560 values in bfloat16 and 680,571,043,840 in FP8; biases apart."""
+    near = load_recipe("ax_k1_519b_a33b").recipe.model  # 61 layers of 7,168 too
+    model = replace(
+        near,
+        num_dense_layers=3,
+        dense_ffn_dim=18_432,
+        vocab_size=129_280,
+        attention=replace(near.attention, num_heads=128),
+        norm=PreNorm(eps=1e-6, zero_centered=False),
+        experts=replace(near.experts, num_routed=256),
+    )
+    found = tensors("deepseek_v3", model)
+    biases = {name for name in found if name.endswith(".e_score_correction_bias")}
+    assert len(biases) == 59
+    sizes = {name: math.prod(shape) for name, shape in found.items() if name not in biases}
+    assert sum(sizes.values()) == 3_918_786_560 + 680_571_043_840
+    # Not quantised: tables and their copies, norms, routers and eh_proj.
+    plain = ("norm.weight", "embed_tokens.weight", "head.weight", "gate.weight", "eh_proj.weight")
+    assert sum(size for name, size in sizes.items() if name.endswith(plain)) == 3_918_786_560

@@ -31,6 +31,7 @@ class DecoderConfig(PreTrainedConfig):
     n_group: int = 1
     n_shared_experts: int = 0
     norm_topk_prob: bool = True
+    num_nextn_predict_layers: int = 0
     rope_interleave: bool = False
     rope_parameters: Rope | None = None
     routed_scaling_factor: float = 1.0

@@ -306,6 +306,11 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         """Create the model without weights."""
         super().__init__(config)
         self.loss_type = "ForCausalLM"
+        # Layers of multi-token prediction, numbered on after the decoder's, are not computed here.
+        first, count = config.num_hidden_layers, config.num_nextn_predict_layers
+        self._keys_to_ignore_on_load_unexpected = [
+            rf"model\.layers\.{number}\." for number in range(first, first + count)
+        ]
         self.model = Decoder(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
         self.post_init()
