@@ -26,7 +26,7 @@ _EPILOG = """examples:
   megamoe checkpoint inspect runs/tiny
   megamoe checkpoint inspect runs/tiny/checkpoints/000000000564224 --tensors
   megamoe checkpoint diff runs/a runs/b
-  megamoe checkpoint merge runs/a runs/b --weights 0.5,0.5 --out runs/merged
+  megamoe checkpoint merge runs/a runs/b --weights 0.5,0.5
 """
 
 
@@ -87,7 +87,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     merging.add_argument(
         "--weights", metavar="W,W", help="of each, which sum to 1; default: the same for all"
     )
-    merging.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run to make")
+    merging.add_argument(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="the run to make; default: that of the first, with -merged",
+    )
     merging.set_defaults(run=run_merge)
 
 

@@ -29,7 +29,7 @@ NOTE = "merged.json"
 _SUM_ERROR = 1e-6  # of shares as people write them: 0.3333333
 
 
-def merge(paths: Sequence[Path], out: Path, shares: Sequence[float], *, say: Say) -> Path:
+def merge(paths: Sequence[Path], out: Path | None, shares: Sequence[float], *, say: Say) -> Path:
     """Write the weighted mean of checkpoints and return the folder of the new checkpoint.
 
     The new run has the plan of the first, and stands where the first stands. Means are taken in
@@ -38,7 +38,7 @@ def merge(paths: Sequence[Path], out: Path, shares: Sequence[float], *, say: Say
 
     Args:
         paths: run folders (of each its latest checkpoint is taken) or checkpoints, two or more.
-        out: the run folder to make.
+        out: the run folder to make; None: beside the first run, with its name and `-merged`.
         shares: of each; they sum to 1.
         say: takes lines on what happens.
 
@@ -50,8 +50,9 @@ def merge(paths: Sequence[Path], out: Path, shares: Sequence[float], *, say: Say
     places = [find_checkpoint(path) for path in paths]
     for place in places[1:]:
         _check_same_model(places[0], place)
+    out = out or _beside(places[0])
     if out.exists():
-        raise CheckpointError(f"{out}: exists already; give another folder, or remove it")
+        raise CheckpointError(f"{out}: exists already; give another folder (--out), or remove it")
     sources = []
     for place, share in zip(places, shares, strict=True):
         say(f"{share:g} of {place.checkpoint}")
@@ -82,6 +83,11 @@ class _Source:
         self.reader = TensorReader(place.checkpoint)
         self.names = weight_sources(place, self.reader, exact=True)
         self.share = share
+
+
+def _beside(first: Place) -> Path:
+    run = first.checkpoint.resolve().parent.parent
+    return run.with_name(f"{run.name}-merged")
 
 
 def _mean(sources: list[_Source], name: str, expert: int | None) -> Tensor:

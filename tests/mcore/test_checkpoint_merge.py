@@ -156,6 +156,24 @@ def test_an_existing_folder_is_refused(two, tmp_path):
         merge(runs, runs[0], (0.5, 0.5), say=quiet)
 
 
+@pytest.mark.parametrize("given", ["run", "checkpoint", "here"])
+def test_without_a_folder_the_mean_lies_beside_the_first_run(given, two, capsys, monkeypatch):
+    runs, _ = two
+    first = latest(runs[0]) if given == "checkpoint" else runs[0]
+    if given == "here":
+        monkeypatch.chdir(runs[0])
+        first = Path()
+    arguments = ["checkpoint", "merge", str(first), str(runs[1])]
+    assert command.main(arguments) == 0
+    out = runs[0].with_name("run0-merged")
+    assert capsys.readouterr().out == f"{latest(out)}\n"
+    note = json.loads((latest(out) / NOTE).read_bytes())
+    assert [source["weight"] for source in note["sources"]] == [0.5, 0.5]
+    assert command.main(arguments) == command.EXIT_MISTAKE
+    message = f"{out}: exists already; give another folder (--out), or remove it"
+    assert message in capsys.readouterr().err
+
+
 def test_a_checkpoint_does_not_differ_from_itself(two, capsys):
     runs, _ = two
     assert command.main(["checkpoint", "diff", str(runs[0]), str(latest(runs[0]))]) == 0
