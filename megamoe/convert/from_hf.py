@@ -165,24 +165,44 @@ def _write_weights(writer: TensorWriter, source: _Source, say: Say) -> list[audi
     pairs: list[audit.Pair] = []
     done = said = 0
     for entry in source.entries:
-        parts = tuple(read(source.tensors[name]) for name, _ in entry.theirs)
-        records = tuple(
-            _record(source, name, part) for (name, _), part in zip(entry.theirs, parts, strict=True)
-        )
         if entry.is_copy:
-            pairs.append(_pair_of_copy(source, entry, records, pairs))
+            original = next(pair for pair in pairs if pair.ours.name == entry.ours)
+            pairs.append(_compare(source, entry, original))
             continue
-        dtype = torch.float32 if entry.is_float32 else source.dtype
-        ours = entry.rule.join(parts).to(dtype).contiguous()
-        assert tuple(ours.shape) == entry.shape, (entry.ours, ours.shape)
-        writer.write(entry.ours, ours, entry.index)
-        expert = None if entry.index is None else entry.index[0]
-        pairs.append(audit.Pair(ours=audit.record(entry.ours, ours, expert), theirs=records))
-        done += ours.numel() * ours.element_size()
+        # In a function of its own, so that nothing of one tensor stays while the next is read.
+        pair, num_bytes = _write(writer, source, entry)
+        pairs.append(pair)
+        done += num_bytes
         if done - said >= _SAY_EVERY_BYTES:
             say(f"{entry.ours}  {done:,} bytes so far")
             said = done
     return pairs
+
+
+def _write(writer: TensorWriter, source: _Source, entry: Entry) -> tuple[audit.Pair, int]:
+    """Write one tensor of ours, or one expert of it; return what it is, and its bytes."""
+    parts = tuple(read(source.tensors[name]) for name, _ in entry.theirs)
+    records = tuple(
+        _record(source, name, part) for (name, _), part in zip(entry.theirs, parts, strict=True)
+    )
+    dtype = torch.float32 if entry.is_float32 else source.dtype
+    ours = entry.rule.join(parts).to(dtype).contiguous()
+    assert tuple(ours.shape) == entry.shape, (entry.ours, ours.shape)
+    writer.write(entry.ours, ours, entry.index)
+    expert = None if entry.index is None else entry.index[0]
+    return audit.Pair(ours=audit.record(entry.ours, ours, expert), theirs=records), ours.nbytes
+
+
+def _compare(source: _Source, entry: Entry, original: audit.Pair) -> audit.Pair:
+    """Return a copy beside our tensor; its hash must be that of the original, which was read before."""
+    [(name, _)] = entry.theirs
+    copy, table = _record(source, name, read(source.tensors[name])), original.theirs[0]
+    if (copy.dtype, copy.sha256) != (table.dtype, table.sha256):
+        raise CheckpointError(
+            f"{source.place}: {copy.name} is not equal to {table.name}; "
+            "the plan's model has one table for both"
+        )
+    return audit.Pair(ours=original.ours, theirs=(copy,))
 
 
 def _record(source: _Source, name: str, part: Tensor) -> audit.Record:
@@ -193,20 +213,6 @@ def _record(source: _Source, name: str, part: Tensor) -> audit.Record:
             f"{source.place}: {name} is not the tensor of {audit.AUDIT}, its SHA-256 is another"
         )
     return record
-
-
-def _pair_of_copy(
-    source: _Source, entry: Entry, records: tuple[audit.Record, ...], pairs: list[audit.Pair]
-) -> audit.Pair:
-    """Compare a copy with its original, which was read before it, by their hashes."""
-    original = next(pair for pair in pairs if pair.ours.name == entry.ours)
-    copy, table = records[0], original.theirs[0]
-    if (copy.dtype, copy.sha256) != (table.dtype, table.sha256):
-        raise CheckpointError(
-            f"{source.place}: {copy.name} is not equal to {table.name}; "
-            "the plan's model has one table for both"
-        )
-    return audit.Pair(ours=original.ours, theirs=records)
 
 
 def _progress(plan: Plan, tokens_seen: int, run_dir: Path) -> Progress:

@@ -1,7 +1,7 @@
 """Converts a checkpoint of more bytes than the memory it is given; says how much it took.
 
-Run as a program with a folder: writes a run of one wide model there, expert by expert. Then it
-limits its own memory, exports and imports the run, and prints bytes of the weights, the limit, and
+Run as a program with a folder and a number of layers: writes a run of one wide model there, expert
+by expert. Then it limits its own memory, exports and imports the run, and prints bytes of the weights, the limit, and
 the growth of its largest resident set, in which the pages of mapped files count.
 """
 
@@ -23,22 +23,22 @@ from tests.mcore import tiny
 MODEL = replace(
     tiny.GROUPED,
     hidden_dim=512,
-    num_layers=5,
     experts=replace(tiny.GROUPED.experts, num_routed=32, ffn_dim=512),
     mtp=None,
 )
 LIMIT_BYTES = 100_000_000  # beyond what the process has when it begins to convert
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _status_bytes(key: str) -> int:
+    """Return a size of /proc/self/status; getrusage's peak begins at that of the parent."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, key
+    return int(found[1]) * 1024
 
 
 def _limit_memory() -> None:
     """Have the system refuse more than so many bytes of memory that is written to."""
-    found = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, "no VmData"
-    most = int(found[1]) * 1024 + LIMIT_BYTES
+    most = _status_bytes("VmData") + LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
@@ -52,16 +52,17 @@ def _is_refused(num_bytes: int) -> bool:
 
 def main() -> None:
     """Convert there and back."""
-    root = Path(sys.argv[1])
+    root, model = Path(sys.argv[1]), replace(MODEL, num_layers=int(sys.argv[2]))
     torch.set_num_threads(1)  # stacks of threads count as memory
     (root / "again").mkdir()
-    write_plan(root / "again/plan.json", tiny.tiny_plan(root / "data", MODEL))
+    write_plan(root / "again/plan.json", tiny.tiny_plan(root / "data", model))
     total = write_run(root / "run", root / "again/plan.json")
-    before = _peak_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status_bytes("VmHWM")
     _limit_memory()
     to_hf(root / "run", root / "out", dtype=None, shard_bytes=8_000_000, say=lambda _: None)
     from_hf(root / "out", root / "again", tokens_seen=0, say=lambda _: None)
-    grown = _peak_bytes() - before
+    grown = _status_bytes("VmHWM") - before
     # last: an allocation that fails leaves the allocator with a heap it may not have needed
     refused = _is_refused(total)
     result = {"weights": total, "limit": LIMIT_BYTES, "grown": grown, "whole_is_refused": refused}

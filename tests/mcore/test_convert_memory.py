@@ -8,15 +8,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SHARD_BYTES = 8_000_000  # of convert_large.py
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Return what converting a model of 2 layers and one of 5 took."""
+    return {n: convert(tmp_path_factory.mktemp("large"), n) for n in (2, 5)}
+
+
+def convert(folder: Path, num_layers: int) -> dict:
+    command = [sys.executable, "-m", "tests.mcore.convert_large", folder, str(num_layers)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert child.returncode == 0, child.stderr[-3_000:]
+    return json.loads(child.stdout)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_converted_in_a_fraction_of_its_size(tmp_path):
-    command = [sys.executable, "-m", "tests.mcore.convert_large", tmp_path]
-    child = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert child.returncode == 0, child.stderr[-3_000:]
-    measured = json.loads(child.stdout)
-    assert measured["weights"] > 4 * measured["limit"]
-    assert measured["whole_is_refused"]
+def test_a_checkpoint_is_converted_in_a_fraction_of_its_size(measured):
+    large = measured[5]
+    assert large["weights"] > 4 * large["limit"]
+    assert large["whole_is_refused"]
     # Files of 8 MB, mapped once for each tensor that is joined, the copies of one, and torch.
-    assert measured["grown"] < measured["limit"]
+    assert large["grown"] < large["limit"]
+
+
+@pytest.mark.slow
+def test_the_memory_does_not_grow_with_the_layers(measured):
+    assert measured[5]["weights"] > 3 * measured[2]["weights"]
+    assert abs(measured[5]["grown"] - measured[2]["grown"]) < SHARD_BYTES

@@ -123,6 +123,21 @@ def test_a_x_k1_has_the_976_keys_and_the_size_of_its_index():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "largest"),
+    [("k_exaone_236b_a23b", 18_688, 943_718_400), ("ax_k1_519b_a33b", 36_073, 1_174_405_120)],
+)
+def test_a_conversion_needs_memory_for_a_table_and_not_for_the_layers(name, count, largest):
+    """The figures of the formula in docs/convert.md; the largest of ours is no larger."""
+    model = load_recipe(name).recipe.model
+    found = list(entries(ARCHITECTURES[RELEASED[name]].table, model))
+    theirs = [math.prod(shape) for entry in found for _, shape in entry.theirs]
+    assert (len(theirs), max(theirs)) == (count, largest)
+    assert max(math.prod(entry.shape) for entry in found) == largest
+    # in float32, by the formula
+    assert 5e8 + 8_000 * count + 3 * 4 * largest < 16e9
+
+
 def test_deepseek_v3_has_the_size_of_its_files_with_prediction_and_its_copies():
     """The Hub counts 3,918,786,560 values in bfloat16 and 680,571,043,840 in FP8; biases apart."""
     near = load_recipe("ax_k1_519b_a33b").recipe.model  # 61 layers of 7,168 too
