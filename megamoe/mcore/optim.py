@@ -114,12 +114,10 @@ def _mend_missing_steps(optimizer: MegatronOptimizer) -> None:
 
 def _state_with_step(part: Any, parts: list[Any]) -> dict[str, Any]:
     states = part.optimizer.state
-    is_empty = not states
+    known = [state for other in parts for state in other.optimizer.state.values()]
+    is_empty = not states and bool(known)
     if is_empty:
-        known = next(
-            iter(next(other.optimizer.state for other in parts if other.optimizer.state).values())
-        )
-        states["no weight"] = {"step": known["step"]}
+        states["no weight"] = {"step": known[0]["step"]}
     try:
         return type(part).state_dict(part)
     finally:
