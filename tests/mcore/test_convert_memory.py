@@ -36,4 +36,6 @@ def test_a_checkpoint_is_converted_in_a_fraction_of_its_size(measured):
 @pytest.mark.slow
 def test_the_memory_does_not_grow_with_the_layers(measured):
     assert measured[5]["weights"] > 3 * measured[2]["weights"]
-    assert abs(measured[5]["grown"] - measured[2]["grown"]) < SHARD_BYTES
+    # The bound of docs/convert.md counts a file twice, the allocator may keep it or not; 312 MB more
+    # of weights would be 312 MB.
+    assert abs(measured[5]["grown"] - measured[2]["grown"]) < 2 * SHARD_BYTES
