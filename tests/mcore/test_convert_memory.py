@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHARD_BYTES = 8_000_000  # of convert_large.py
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def test_a_checkpoint_is_converted_in_a_fraction_of_its_size(measured):
 
 @pytest.mark.slow
 def test_the_memory_does_not_grow_with_the_layers(measured):
-    assert measured[5]["weights"] > 3 * measured[2]["weights"]
-    # The bound of docs/convert.md counts a file twice, the allocator may keep it or not; 312 MB more
-    # of weights would be 312 MB.
-    assert abs(measured[5]["grown"] - measured[2]["grown"]) < 2 * SHARD_BYTES
+    more = measured[5]["weights"] - measured[2]["weights"]
+    assert more > 300_000_000
+    # What an allocator keeps varies by some files of 8 MB; layers kept would add all of `more`.
+    assert measured[5]["grown"] - measured[2]["grown"] < more / 4
