@@ -58,22 +58,11 @@ def write_run(folder: Path, plan_file: Path) -> int:
 def _write(name: str, num_layers: int, folder: Path) -> None:
     from megamoe.mcore.meta import one_process_plan
     from megamoe.plan.json import write_plan
-    from megamoe.recipe import Layout
+    from megamoe.recipe.layout import one_rank
     from megamoe.recipe.load import load_recipe
 
     recipe = load_recipe(name).recipe
-    layout = Layout(
-        tp=1,
-        pp=1,
-        vpp=1,
-        pipeline="even",
-        cp=1,
-        cp_scheme="auto",
-        ep=1,
-        etp=1,
-        dispatcher="all_to_all",
-        micro_batch=1,
-    )
+    layout = one_rank(1)
     stage = replace(recipe.stages[0], layout=layout)
     model = replace(recipe.model, num_layers=num_layers)
     assumed = tuple(path for path in recipe.assumed if path.startswith(("model.", "optimizer.")))

@@ -26,7 +26,8 @@ from megamoe.plan.cluster import Cluster
 from megamoe.plan.flops import train_flops_per_token
 from megamoe.plan.params import count_params
 from megamoe.plan.plan import Data, Plan, Shard, Source
-from megamoe.recipe import Bf16, Layout, LearningRate, Recipe
+from megamoe.recipe import Bf16, LearningRate, Recipe
+from megamoe.recipe.layout import one_rank
 
 # bfloat16 weight 2, float32 sum of gradients 4, float32 weight 4, Adam's two moments 8.
 STATE_BYTES = 18
@@ -71,18 +72,7 @@ def layer_counts(recipe: Recipe) -> list[int]:
 def make_plan(recipe: Recipe, num_layers: int, load: Load, device: torch.device) -> Plan:
     """Return a plan of the recipe's first stage on one device, in bfloat16, without data."""
     stage = recipe.stages[0]
-    ones = Layout(
-        tp=1,
-        pp=1,
-        vpp=1,
-        pipeline="even",
-        cp=1,
-        cp_scheme="auto",
-        ep=1,
-        etp=1,
-        dispatcher="all_to_all",
-        micro_batch=load.micro_batch,
-    )
+    ones = one_rank(load.micro_batch)
     stage = replace(
         stage,
         tokens=MAX_STEPS * load.sequences * stage.seq_len,

@@ -20,20 +20,9 @@ from megamoe.mcore.decode import make_cache
 from megamoe.mcore.model import build_chunk
 from megamoe.nn.cache import Cache
 from megamoe.plan.plan import Plan, Segment
-from megamoe.recipe import Layout
+from megamoe.recipe.layout import one_rank
 
-_WHOLE = Layout(
-    tp=1,
-    pp=1,
-    vpp=1,
-    pipeline="even",
-    cp=1,
-    cp_scheme="auto",
-    ep=1,
-    etp=1,
-    dispatcher="all_to_all",
-    micro_batch=1,
-)
+_WHOLE = one_rank(1)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from megamoe.plan.cluster import Cluster
 from megamoe.plan.params import ParamCount
 from megamoe.plan.plan import Plan
 from megamoe.plan.trainable import model_problems
-from megamoe.recipe import Bf16, Layout, Recipe
+from megamoe.recipe import Bf16, Recipe
+from megamoe.recipe.layout import one_rank
 
 # The first text that a parameter's name has tells the component.
 _COMPONENTS = (
@@ -65,18 +66,7 @@ def one_process_plan(recipe: Recipe) -> Plan:
     """
     for problem in model_problems(recipe.model):
         raise PlanError(f"{recipe.name}: {problem}; or count by --formula alone")
-    layout = Layout(
-        tp=1,
-        pp=1,
-        vpp=1,
-        pipeline="even",
-        cp=1,
-        cp_scheme="auto",
-        ep=1,
-        etp=1,
-        dispatcher="all_to_all",
-        micro_batch=1,
-    )
+    layout = one_rank(1)
     stage = replace(recipe.stages[0], layout=layout, precision=Bf16())
     cluster = Cluster(
         name="meta",

@@ -6,13 +6,12 @@ its pipeline hold, 'pp2xEt|tttL' (megamoe/recipe/pipeline.py, without commas).
 
 import math
 import re
-from dataclasses import dataclass, fields
-from typing import get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
 
 from megamoe.errors import PlanError
 from megamoe.recipe.check import nearest
-from megamoe.recipe.layout import Layout
-from megamoe.recipe.pipeline import EVEN
+from megamoe.recipe.layout import Layout, one_rank
 
 # What `megamoe parity` compares where no layouts are named: every axis, and what meets in pairs.
 DEFAULT = "dp2,tp2,pp2,pp2xvpp2,ep4,cp2,cp4,tp2xpp2,ep2xpp2,cp2xep2,tp2xcp2xep2,dp2xpp2xep2,tp2xpp2xcp2xep2"
@@ -51,18 +50,17 @@ def parse_layouts(text: str, micro_batch: int) -> tuple[Grid, ...]:
 
 def one_process(micro_batch: int) -> Grid:
     """Return the layout that the others are compared with."""
-    return Grid(name="one", layout=_layout({}, {}, micro_batch), world_size=1)
+    return Grid(name="one", layout=one_rank(micro_batch), world_size=1)
 
 
 def _parse(name: str, micro_batch: int) -> Grid:
-    sizes: dict[str, int] = {}
-    words: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for word in name.split("x"):
         if word in _WORDS:
-            words[_WORDS[word]] = word
+            given[_WORDS[word]] = word
             continue
         if word.startswith("E"):
-            words["pipeline"] = word
+            given["pipeline"] = word
             continue
         match = _WORD.fullmatch(word)
         if match is None or match[1] not in _AXES:
@@ -71,25 +69,11 @@ def _parse(name: str, micro_batch: int) -> Grid:
                 f"--layouts: {word!r} in {name!r} is no axis with a size, such as tp2"
                 + nearest(axis, [*_AXES, *_WORDS])
             )
-        if match[1] in sizes:
+        if match[1] in given:
             raise PlanError(f"--layouts: {name!r} has {match[1]} twice; give it once")
-        sizes[match[1]] = int(match[2])
-    layout = _layout(sizes, words, micro_batch)
+        given[match[1]] = int(match[2])
+    dp = given.pop("dp", None)
+    layout = replace(one_rank(micro_batch), **given)
     dense = layout.tp * layout.pp * layout.cp
     least = math.lcm(dense, layout.etp * layout.ep * layout.pp) // dense
-    return Grid(name=name, layout=layout, world_size=dense * sizes.get("dp", least))
-
-
-def _layout(sizes: dict[str, int], words: dict[str, str], micro_batch: int) -> Layout:
-    return Layout(
-        tp=sizes.get("tp", 1),
-        pp=sizes.get("pp", 1),
-        vpp=sizes.get("vpp", 1),
-        pipeline=words.get("pipeline", EVEN),
-        cp=sizes.get("cp", 1),
-        cp_scheme=words.get("cp_scheme", "auto"),  # type: ignore[arg-type]  # one of _WORDS
-        ep=sizes.get("ep", 1),
-        etp=sizes.get("etp", 1),
-        dispatcher=words.get("dispatcher", "all_to_all"),  # type: ignore[arg-type]
-        micro_batch=micro_batch,
-    )
+    return Grid(name=name, layout=layout, world_size=dense * (dp or least))

@@ -55,3 +55,19 @@ class Layout(Checked):
         chunks = written_chunks(self.pipeline, count)
         check_layers(self.pipeline, chunks, model.num_layers, num_predictions)
         return chunks
+
+
+def one_rank(micro_batch: int) -> Layout:
+    """Return the layout of a rank by itself: any number of such ranks is data parallel."""
+    return Layout(
+        tp=1,
+        pp=1,
+        vpp=1,
+        pipeline=EVEN,
+        cp=1,
+        cp_scheme="auto",
+        ep=1,
+        etp=1,
+        dispatcher="all_to_all",
+        micro_batch=micro_batch,
+    )

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from fnmatch import fnmatch
 
-from megamoe.recipe.layout import Layout
+from megamoe.recipe.layout import Layout, one_rank
 from megamoe.recipe.load import LoadedRecipe
 from megamoe.recipe.model import GQA, MLA, Experts, Model, Rope
 from megamoe.recipe.origin import Origin, is_covered, leaves
@@ -257,18 +257,7 @@ def _layout(seq_len: int, batch_divisor: int) -> Layout:
         and batch_divisor % (2 * micro_batch * MIN_MICRO_BATCHES) == 0
     ):
         micro_batch *= 2
-    return Layout(
-        tp=1,
-        pp=1,
-        vpp=1,
-        pipeline="even",
-        cp=1,
-        cp_scheme="auto",
-        ep=1,
-        etp=1,
-        dispatcher="all_to_all",
-        micro_batch=micro_batch,
-    )
+    return one_rank(micro_batch)
 
 
 def _multiple(value: float, of: int) -> int:

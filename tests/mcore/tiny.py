@@ -15,7 +15,6 @@ from megamoe.recipe import (
     DualNorm,
     Experts,
     Fp32,
-    Layout,
     LearningRate,
     Model,
     Mtp,
@@ -25,6 +24,7 @@ from megamoe.recipe import (
     Router,
     Yarn,
 )
+from megamoe.recipe.layout import one_rank
 
 VOCAB = 96
 
@@ -108,18 +108,7 @@ DUAL = replace(
     mtp=Mtp(num_layers=1, ffn="moe"),
 )
 
-LAYOUT = Layout(
-    tp=1,
-    pp=1,
-    vpp=1,
-    pipeline="even",
-    cp=1,
-    cp_scheme="auto",
-    ep=1,
-    etp=1,
-    dispatcher="all_to_all",
-    micro_batch=2,
-)
+LAYOUT = one_rank(2)
 ROUTER = Router(
     aux_loss=1e-2,
     sequence_aux_loss=1e-2,

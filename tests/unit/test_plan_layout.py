@@ -7,21 +7,11 @@ import pytest
 from megamoe.errors import PlanError
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.layout import layout_text
-from megamoe.recipe import GQA, Fp8Block, Fp8Delayed, Layout
+from megamoe.recipe import GQA, Fp8Block, Fp8Delayed
+from megamoe.recipe.layout import one_rank
 from tests.unit.test_plan_build import CPU, GENERAL, RECIPE
 
-ONES = Layout(
-    tp=1,
-    pp=1,
-    vpp=1,
-    pipeline="even",
-    cp=1,
-    cp_scheme="auto",
-    ep=1,
-    etp=1,
-    dispatcher="all_to_all",
-    micro_batch=1,
-)
+ONES = one_rank(1)
 
 
 def plan(cluster=CPU, world_size=2, model=RECIPE.model, layout=ONES, **stage_values):
