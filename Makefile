@@ -23,7 +23,7 @@ RUN := runs/tiny
 CODE := megamoe launch model_configs data_prep kernels benchmarks tests
 TOKENIZE := $(BIN)/megamoe data tokenize --tokenizer data/tokenizer -o $(SAMPLE).partial --heldout 0.03 --fim
 
-.PHONY: help setup train data test test-latest test-gpu parity gpu-check bench-overhead check lint types imports format plans clean
+.PHONY: help setup train data test test-latest test-gpu parity mutations gpu-check bench-overhead check lint types imports format plans clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,17 +43,21 @@ train: $(READY) $(SAMPLE)/manifest.json ## train a small VAETKI through its thre
 
 data: $(SAMPLE)/manifest.json ## tokenise the sample corpus into data/sample
 
+# One thread a process: tests start up to 16 of them, and sums do not depend on the machine.
 test: $(READY) ## run the test suite; ARGS='tests/unit -k recipe' for a part of it
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 test-latest: $(LATEST)/installed ## the test suite on Python 3.12 and the newest Megatron-core
-	$(LATEST)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest $(ARGS)
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 parity: $(READY) ## compare every recipe in 13 layouts and more with one process, tensor by tensor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity $(ARGS)
+
+mutations: $(READY) ## plant fifteen known mistakes, one at a time: each must be found
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations $(ARGS)
 
 gpu-check: $(READY) ## measure training steps on a GPU; without: ARGS='--device cpu --scale tiny'
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

@@ -5,7 +5,7 @@ import pytest
 from tests.mcore.mutations import MUTATIONS, plant
 
 
-@pytest.mark.parity
+@pytest.mark.mutations
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_planted_mistake_is_found(name):
     found = plant(name)
