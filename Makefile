@@ -43,7 +43,7 @@ train: $(READY) $(SAMPLE)/manifest.json ## train a small VAETKI through its thre
 
 data: $(SAMPLE)/manifest.json ## tokenise the sample corpus into data/sample
 
-# One thread a process: tests start up to 16 of them, and sums do not depend on the machine.
+# One thread a process: tests start up to 16 of them, and sums do not depend on how many cores there are.
 test: $(READY) ## run the test suite; ARGS='tests/unit -k recipe' for a part of it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
