@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,8 +129,9 @@ def begin(folder: Path, name: str) -> Path | None:
     _remove_leftovers(folder)
     if not (folder / LATEST).exists() and not all_checkpoints(folder):
         write_text_atomically(folder / LATEST, f"{NONE_YET}\n")
-    if latest(folder) == folder / name:
-        return None
+    with suppress(CheckpointError):  # what `latest` names is damaged or gone, so it is not this one
+        if latest(folder) == folder / name:
+            return None
     partial = folder / f".{name}.partial"
     partial.mkdir()
     return partial

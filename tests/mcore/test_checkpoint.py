@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent, and a continued run is the uninterrupted one, bit for bit."""
 
 import json
+import shutil
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -184,6 +185,21 @@ def test_a_save_waits_for_the_one_before(plan, tmp_path):
     newest = engine.save(wait=True)
     assert [saved.step for saved in engine.ended_saves()] == [1, 2]
     assert files.latest(tmp_path / "checkpoints") == newest
+
+
+@pytest.mark.parametrize("damage", ["removed", "manifest", "latest"])
+def test_damage_to_the_latest_checkpoint_does_not_stop_the_saves_of_a_run(plan, tmp_path, damage):
+    engine = train(plan, tmp_path, 1)
+    first = engine.save(wait=True)
+    if damage == "removed":  # by a person who makes room
+        shutil.rmtree(first)
+    else:
+        place = first / "manifest.json" if damage == "manifest" else first.parent / files.LATEST
+        place.write_bytes(place.read_bytes()[:-9])
+    engine.train_step()
+    second = engine.save(wait=True)
+    assert files.latest(first.parent) == second
+    files.verify(second)
 
 
 def test_an_error_of_the_writer_surfaces_at_the_next_step_and_training_goes_on(

@@ -167,6 +167,25 @@ def test_the_latest_checkpoint_is_not_written_again(folder):
     assert partial == folder / ".000000000000128.partial"
 
 
+@pytest.mark.parametrize("tokens", [192, 256])
+@pytest.mark.parametrize("damage", ["removed", "manifest", "no manifest", "latest", "no latest"])
+def test_a_save_takes_the_place_of_a_damaged_latest(folder, damage, tokens):
+    newest = folder / "000000000000192"
+    if damage == "removed":
+        shutil.rmtree(newest)
+    elif damage == "manifest":
+        (newest / MANIFEST).write_bytes(b"{}")
+    elif damage == "latest":
+        (folder / "latest").write_bytes(b"")
+    else:
+        (folder / "latest" if damage == "no latest" else newest / MANIFEST).unlink()
+    with pytest.raises(CheckpointError):
+        files.latest(folder)
+    saved = save(folder, progress(tokens))
+    assert files.latest(folder) == saved == folder / f"{tokens:015d}"
+    files.verify(saved)
+
+
 @pytest.mark.parametrize(
     "leftover", [".000000000000256.partial", ".000000000000064.removed", ".latest"]
 )
