@@ -8,8 +8,9 @@ and only then are older ones removed.
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megamoe.checkpoints.manifest import (
     check_file,
     file_sha256,
     read_manifest,
+    reading,
     write_file,
 )
 from megamoe.errors import CheckpointError
@@ -61,13 +63,14 @@ def latest(folder: Path) -> Path | None:
         CheckpointError: `latest` is missing or damaged, or names a checkpoint that is missing.
     """
     pointer = folder / LATEST
-    if not pointer.is_file():
+    if not pointer.exists():
         if there := all_checkpoints(folder):
             raise CheckpointError(
                 f"{pointer}: is missing, but {there[-1].name} is there{remedy(folder)}"
             )
         return None
-    words = pointer.read_text(encoding="utf-8", errors="replace").split()
+    with _with_remedy(folder), reading(pointer, rank=0):
+        words = pointer.read_text(encoding="utf-8", errors="replace").split()
     if words == [NONE_YET]:
         return None
     if not words or len(words) > 2 or not words[0].isdigit():
@@ -94,13 +97,22 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         CheckpointError: the manifest or progress.json is missing or damaged.
     """
-    try:
-        check_file(checkpoint, _entry(read_manifest(checkpoint), PROGRESS, checkpoint))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{remedy(checkpoint.parent)}") from error
-    fields = json.loads((checkpoint / PROGRESS).read_bytes())
+    fields = json.loads(read_file(checkpoint, PROGRESS))
     ledger = tuple((stage, source, tokens) for stage, source, tokens in fields.pop("ledger"))
     return Progress(**fields, ledger=ledger)
+
+
+def read_file(checkpoint: Path, name: str) -> bytes:
+    """Return what is in a small file of a checkpoint, once it is known to be what was written.
+
+    Raises:
+        CheckpointError: the manifest or the file is missing or damaged.
+    """
+    with _with_remedy(checkpoint.parent):
+        entry = _entry(read_manifest(checkpoint), name, checkpoint)
+        check_file(checkpoint, entry)
+        with reading(checkpoint / name, entry.rank):
+            return (checkpoint / name).read_bytes()
 
 
 def write_progress(checkpoint: Path, progress: Progress) -> FileEntry:
@@ -205,11 +217,16 @@ def _entry(entries: tuple[FileEntry, ...], name: str, checkpoint: Path) -> FileE
 
 def _manifest_sha256(checkpoint: Path) -> str:
     manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        raise CheckpointError(
-            f"{manifest}: is missing (written by rank 0){remedy(checkpoint.parent)}"
-        )
-    return file_sha256(manifest)
+    with _with_remedy(checkpoint.parent), reading(manifest, rank=0):
+        return file_sha256(manifest)
+
+
+@contextmanager
+def _with_remedy(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{remedy(folder)}") from error
 
 
 def remedy(folder: Path) -> str:

@@ -8,7 +8,8 @@ unpickled, or trusted, before its hash is that of the manifest.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -113,13 +114,11 @@ def read_manifest(checkpoint: Path) -> tuple[FileEntry, ...]:
     """Return the files that a checkpoint is made of.
 
     Raises:
-        CheckpointError: the manifest is missing, or is not the text that was written.
+        CheckpointError: the manifest cannot be read, or is not the text that was written.
     """
     path = checkpoint / MANIFEST
-    try:
+    with reading(path, rank=0):
         text = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: is missing (written by rank 0)") from error
     try:
         content = json.loads(text)
         content.pop("sha256")
@@ -134,13 +133,35 @@ def check_file(checkpoint: Path, entry: FileEntry) -> None:
     """Raise CheckpointError unless a file of a checkpoint is what its rank wrote."""
     path = checkpoint / entry.name
     writer = f"(written by rank {entry.rank})"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is missing {writer}")
-    num_bytes = path.stat().st_size
-    if num_bytes != entry.num_bytes:
-        raise CheckpointError(f"{path}: has {num_bytes:,} bytes of {entry.num_bytes:,} {writer}")
-    if file_sha256(path) != entry.sha256:
-        raise CheckpointError(f"{path}: is damaged, its SHA-256 is another {writer}")
+    with reading(path, entry.rank), path.open("rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes != entry.num_bytes:
+            raise CheckpointError(
+                f"{path}: has {num_bytes:,} bytes of {entry.num_bytes:,} {writer}"
+            )
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            raise CheckpointError(f"{path}: is damaged, its SHA-256 is another {writer}")
+
+
+@contextmanager
+def reading(path: Path, rank: int) -> Iterator[None]:
+    """Read a file of a checkpoint within: whatever the system refuses is damage to it.
+
+    Args:
+        path: the file.
+        rank: that wrote it.
+
+    Raises:
+        CheckpointError: the file is missing, or cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing (written by rank {rank})") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror} (written by rank {rank})"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:

@@ -115,6 +115,20 @@ def test_damage_is_refused_by_name_and_the_checkpoint_before_is_sound(saved, tmp
         shutil.rmtree(case)
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", MANIFEST])
+def test_a_file_that_cannot_be_read_is_named_at_a_start(saved, tmp_path, name):
+    _, run, engine = saved
+    shutil.copytree(run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    newest = files.all_checkpoints(folder)[-1]
+    (newest / name).unlink()
+    (newest / name).mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(newest, engine.chunks, engine.optimizer, same_layout=True)
+    problem = f"{newest / name}: cannot be read: Is a directory (written by rank 0)"
+    assert str(caught.value) == f"{problem}{files.remedy(folder)}"
+
+
 def test_no_sound_checkpoint_is_refused(saved):
     _, run, engine = saved
     expected = everything(engine)

@@ -1,5 +1,7 @@
 """Checkpoints as files: published whole, verified before anything is believed, fallen back from."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -165,6 +167,49 @@ def test_the_latest_checkpoint_is_not_written_again(folder):
     assert files.begin(folder, "000000000000192") is None
     partial = files.begin(folder, "000000000000128")
     assert partial == folder / ".000000000000128.partial"
+
+
+@pytest.mark.parametrize("name", [*SHARDS, "progress.json", MANIFEST])
+def test_a_file_that_cannot_be_opened_is_damage_and_fallen_back_from(folder, name, capsys):
+    bad = folder / "000000000000192" / name
+    bad.unlink()
+    bad.mkdir()
+    message = f"{bad}: cannot be read: Is a directory (written by rank {int('__1' in name)})"
+    assert main(["checkpoint", "verify", str(folder / "000000000000192")]) == 1
+    assert capsys.readouterr().out == f"000000000000192  DAMAGED  {message}\n"
+    checkpoint, problems = files.fall_back(folder)
+    assert checkpoint == files.latest(folder) == folder / "000000000000128"
+    assert message in problems
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damage_and_fallen_back_from(
+    folder, monkeypatch
+):
+    bad = folder / "000000000000192" / "__1_0.distcp"
+    digest = hashlib.file_digest
+
+    def failing(file, name):
+        if file.name == str(bad):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", failing)
+    message = f"{bad}: cannot be read: Input/output error (written by rank 1)"
+    with pytest.raises(CheckpointError) as caught:
+        files.verify(bad.parent)
+    assert str(caught.value) == message
+    assert files.fall_back(folder) == (folder / "000000000000128", [message])
+
+
+def test_a_pointer_or_a_manifest_that_cannot_be_read_is_refused_with_the_remedy(folder):
+    for place in (folder / "000000000000192" / MANIFEST, folder / "latest"):
+        place.unlink()
+        place.mkdir()
+        with pytest.raises(CheckpointError) as caught:
+            files.latest(folder)
+        assert str(caught.value).startswith(
+            f"{place}: cannot be read: Is a directory (written by rank 0); `megamoe run "
+        )
 
 
 @pytest.mark.parametrize("tokens", [192, 256])
