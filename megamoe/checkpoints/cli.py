@@ -13,8 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from megamoe.checkpoints.folder import all_checkpoints, latest, read_progress, verify
-from megamoe.checkpoints.manifest import read_manifest
+from megamoe.checkpoints.folder import all_checkpoints, latest, read_file, read_progress, verify
+from megamoe.checkpoints.manifest import MANIFEST, read_manifest
 from megamoe.checkpoints.tensors import kind_of
 from megamoe.errors import CheckpointError
 from megamoe.packages import require_packages
@@ -132,6 +132,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Print where a checkpoint stands, its files and its tensors."""
     checkpoint = _checkpoint(args.path)
     progress = read_progress(checkpoint)
+    tensors = json.loads(read_file(checkpoint, "tensors.json"))
     entries = read_manifest(checkpoint)
     ranks = {entry.rank for entry in entries}
     state = "done" if progress.segment_done else "not done"
@@ -149,7 +150,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         _say(
             f"             {entry.num_bytes:>18,}  {entry.name}  {entry.sha256[:16]}  rank {entry.rank}"
         )
-    _say_tensors(checkpoint, every=args.tensors)
+    _say_tensors(tensors, every=args.tensors)
     return 0
 
 
@@ -190,8 +191,7 @@ def _import(module: str) -> Any:  # noqa: ANN401  (a module)
     return importlib.import_module(module)
 
 
-def _say_tensors(checkpoint: Path, *, every: bool) -> None:
-    tensors = json.loads((checkpoint / "tensors.json").read_bytes())
+def _say_tensors(tensors: dict[str, tuple[str, list[int]]], *, every: bool) -> None:
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for name, (dtype, shape) in tensors.items():
         groups[kind_of(name), dtype].append(math.prod(shape))
@@ -212,7 +212,9 @@ def _checkpoint(path: Path) -> Path:
 
 
 def _one(path: Path) -> Path:
-    if not path.is_dir():
+    # One without a manifest is damaged if its name says that it is one, `<tokens>.damaged` too.
+    has_name = path.resolve().name.partition(".")[0].isdigit()
+    if not path.is_dir() or not ((path / MANIFEST).exists() or has_name):
         raise CheckpointError(f"{path}: is neither a run folder nor a checkpoint")
     return path
 

@@ -280,9 +280,42 @@ def test_verify_names_what_is_damaged_and_its_writer(folder, capsys):
 def test_a_path_that_is_no_run_is_a_mistake(tmp_path, capsys, command):
     assert main(["checkpoint", command, str(tmp_path / "nowhere")]) == 2
     assert "is neither a run folder nor a checkpoint" in capsys.readouterr().err
+    assert main(["checkpoint", command, str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"megamoe: error: {tmp_path}: is neither a run folder nor a checkpoint\n"
+    )
+    assert printed.out == ""
     (tmp_path / "checkpoints").mkdir()
     assert main(["checkpoint", command, str(tmp_path)]) == 2
     assert "holds no checkpoint yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["000000000000192", "000000000000192.damaged"])
+def test_a_checkpoint_without_its_manifest_is_damaged(folder, monkeypatch, capsys, name):
+    checkpoint = (folder / "000000000000192").rename(folder / name)
+    (checkpoint / MANIFEST).unlink()
+    assert main(["checkpoint", "verify", str(checkpoint)]) == 1
+    assert "manifest.json: is missing (written by rank 0)" in capsys.readouterr().out
+    monkeypatch.chdir(checkpoint)
+    assert main(["checkpoint", "verify", "."]) == 1
+
+
+@pytest.mark.parametrize("name", ["tensors.json", "progress.json", MANIFEST])
+@pytest.mark.parametrize("damage", ["delete", "empty", "flip"])
+def test_inspect_believes_nothing_that_is_damaged(folder, capsys, name, damage):
+    place = folder / "000000000000128" / name
+    content = place.read_bytes()
+    if damage == "delete":
+        place.unlink()
+    else:  # "2" and "3", of which shapes and tokens are made, differ in one bit
+        place.write_bytes(b"" if damage == "empty" else content.replace(b"2", b"3"))
+    assert main(["checkpoint", "inspect", str(place.parent)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"megamoe: error: {place}: ")
+    assert printed.err.count("\n") == 1
+    assert f"(written by rank 0); `megamoe run {folder.parent} --fallback`" in printed.err
 
 
 def test_a_manifest_of_another_text_is_refused_even_if_its_json_is_sound(folder):
