@@ -9,9 +9,11 @@ import pytest
 from launch.cli_run import train_here
 from launch.lock import hold_lock
 from megamoe.__main__ import main
+from megamoe.checkpoints import folder as files
 from megamoe.errors import LaunchError
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.json import digest, write_plan
+from tests.unit import saved
 from tests.unit.test_plan_build import CPU, RECIPE, data_folder
 
 PLAN = build_plan(RECIPE, CPU, Options())
@@ -38,10 +40,19 @@ def ranks(folder, fail_in="none"):
     )  # fmt: skip
 
 
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
 def events(folder):
-    return [
-        json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()
-    ]
+    return [line["event"] for line in lines_of(folder)]
+
+
+def damage(checkpoint):
+    """Change a byte that only reading the whole checkpoint shows; return the file."""
+    shard = checkpoint / "__1_0.distcp"
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    return shard
 
 
 def test_a_run_ends_with_its_checkpoint_and_its_report(tmp_path, capfd):
@@ -76,6 +87,58 @@ def test_a_run_that_failed_goes_on_where_it_stopped(tmp_path, capfd):
         "segment_done",
         "run_done",
     ]
+
+
+def test_a_run_that_falls_back_trains_again_what_the_damaged_checkpoint_held(tmp_path, capfd):
+    run = tmp_path / "run"
+    train_here(run, PLAN, {}, ranks(run))
+    older, newer = files.all_checkpoints(run / "checkpoints")
+    shard = damage(newer)
+    before = len(events(run))
+    capfd.readouterr()
+    assert train_here(run, PLAN, {}, ranks(run), fallback=True) == 0
+    problem = f"{shard}: is damaged, its SHA-256 is another (written by rank 1)"
+    assert capfd.readouterr().out.splitlines()[:5] == [
+        "reads the checkpoint and compares it with its manifest",
+        f"set aside: {problem}",
+        f"sound: {older}",
+        f"continues in {run}; logs in {run / 'logs'}",
+        "segment 1",
+    ]
+    _, fell_back, started, *_ = lines_of(run)[before:]
+    assert fell_back["event"] == "fell_back"
+    assert (fell_back["checkpoint"], fell_back["problems"]) == (older.name, [problem])
+    assert (started["event"], started["segment"]) == ("segment_started", 1)
+    assert events(run)[-2:] == ["segment_done", "run_done"]
+    assert files.latest(run / "checkpoints") == newer
+    files.verify(newer)
+    assert newer.with_name(f"{newer.name}.damaged").is_dir()
+
+
+def test_the_command_falls_back_when_it_is_told_to(tmp_path, capfd):
+    run = tmp_path / "run"
+    train_here(run, PLAN, {}, ranks(run))
+    done = files.latest(run / "checkpoints")  # the plan is: no rank has to start
+    newer = saved.progress(2, segment=1, segment_done=True, plan_digest=digest(PLAN))
+    damage(saved.save(run / "checkpoints", newer))
+    assert main(["run", str(run), "--fallback"]) == 0
+    assert f"sound: {done}" in capfd.readouterr().out
+    assert events(run)[-2:] == ["fell_back", "run_done"]
+    assert files.latest(run / "checkpoints") == done
+
+
+def test_a_run_whose_checkpoint_is_sound_has_nothing_to_fall_back_from(tmp_path):
+    run = tmp_path / "run"
+    train_here(run, PLAN, {}, ranks(run))
+    assert main(["run", str(run), "--fallback"]) == 0
+    assert events(run)[-2:] == ["launched", "run_done"]
+
+
+def test_only_a_run_folder_can_fall_back(capsys):
+    assert main([*TINY, "--fallback"]) == 2
+    assert "--fallback continues a run, and vaetki_7b_a1b is no run folder" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_second_run_of_the_same_folder_is_refused(tmp_path):
