@@ -25,6 +25,7 @@ _POLL_S = 0.05
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before tracebacks
 _ERROR_LINE = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt)\b|^megamoe: error: ")
 _TAIL_BYTES = 65_536
+_MAX_ERROR = 1_000  # characters: paths are long, and the remedy is at the end
 _PR_SET_PDEATHSIG = 1
 
 
@@ -187,4 +188,4 @@ def _last_error(log: Path, start: int) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR_LINE.search(_RANK_PREFIX.sub("", line))]
     last = (errors or lines or [""])[-1]
-    return _RANK_PREFIX.sub("", last).removeprefix("megamoe: error: ")[:300]
+    return _RANK_PREFIX.sub("", last).removeprefix("megamoe: error: ")[:_MAX_ERROR]

@@ -135,6 +135,16 @@ def test_a_mistake_that_the_rank_reports_in_one_line_is_repeated(tmp_path):
         run(tmp_path, code, num_ranks=1)
 
 
+def test_the_remedy_at_the_end_of_a_long_mistake_is_repeated(tmp_path):
+    problem = (
+        f"{'a/long/path/' * 30}shard: is damaged; `megamoe run {'a/long/path/' * 30} --fallback`"
+    )
+    code = f"import sys; sys.stderr.write('megamoe: error: {problem}'); sys.exit(2)"
+    with pytest.raises(LaunchError) as caught:
+        run(tmp_path, code, num_ranks=1)
+    assert f"({problem}); see " in str(caught.value)
+
+
 def test_the_prefix_that_torch_puts_before_a_traceback_is_left_out(tmp_path):
     code = "import sys; sys.exit('[rank0]: Traceback\\n[rank0]: KeyError: 3\\nnext to last')"
     with pytest.raises(LaunchError, match=r"exit code 1 \(KeyError: 3\); see"):
