@@ -74,13 +74,14 @@ def latest(folder: Path) -> Path | None:
     if words == [NONE_YET]:
         return None
     if not words or len(words) > 2 or not words[0].isdigit():
-        raise CheckpointError(f"{pointer}: is damaged{remedy(folder)}")
+        raise CheckpointError(f"{pointer}: is damaged (written by rank 0){remedy(folder)}")
     checkpoint = folder / words[0]
     if not checkpoint.is_dir():
         raise CheckpointError(f"{pointer}: names {words[0]}, which is missing{remedy(folder)}")
     if words[1:] and words[1:] != [_manifest_sha256(checkpoint)]:
         raise CheckpointError(
-            f"{pointer}: {checkpoint.name}/{MANIFEST} is not the one it names{remedy(folder)}"
+            f"{pointer}: {checkpoint.name}/{MANIFEST} is not the one it names (both written by "
+            f"rank 0){remedy(folder)}"
         )
     return checkpoint
 

@@ -13,7 +13,7 @@ import torch
 from megamoe.checkpoints import folder as files
 from megamoe.checkpoints.manifest import MANIFEST
 from megamoe.errors import CheckpointError
-from megamoe.mcore import checkpoint
+from megamoe.mcore import checkpoint, stored
 from megamoe.mcore.engine import Engine
 from tests.mcore import tiny
 from tests.mcore.world import everything, train, world_of_one
@@ -92,6 +92,7 @@ def test_damage_is_refused_by_name_and_the_checkpoint_before_is_sound(saved, tmp
     older, newer = files.all_checkpoints(run / "checkpoints")
     monkeypatch.setattr(pickle, "load", _unpickled)
     monkeypatch.setattr(torch, "load", _unpickled)
+    monkeypatch.setattr(stored._Unpickler, "load", _unpickled)  # of `.metadata`
     for seed, kind, name, other in _cases():
         case = tmp_path / str(seed)
         folder = case / "checkpoints"
@@ -106,6 +107,8 @@ def test_damage_is_refused_by_name_and_the_checkpoint_before_is_sound(saved, tmp
         assert any(f"/{file}: " in message or f"/{file} is not" in message for file in damaged), (
             f"case {seed}, {kind} {name}: {message}"
         )
+        if damaged != {files.LATEST}:  # where it is gone or names another, no file is at fault
+            assert "written by rank 0)" in message, f"case {seed}, {kind} {name}: {message}"
         assert "\n" not in message
         assert f"`megamoe run {case} --fallback`" in message
         chosen, problems = files.fall_back(folder)

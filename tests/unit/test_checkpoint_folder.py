@@ -86,11 +86,11 @@ def test_no_checkpoint_yet(tmp_path):
     ("text", "message"),
     [
         (None, "latest: is missing, but 000000000000192 is there"),
-        ("", "latest: is damaged"),
-        ("000000000000192 a b", "latest: is damaged"),
-        ("../elsewhere", "latest: is damaged"),
+        ("", "latest: is damaged (written by rank 0)"),
+        ("000000000000192 a b", "latest: is damaged (written by rank 0)"),
+        ("../elsewhere", "latest: is damaged (written by rank 0)"),
         ("000000000000193", "latest: names 000000000000193, which is missing"),
-        ("000000000000192 " + "0" * 64, "latest: 000000000000192/manifest.json is not the one it names"),
+        ("000000000000192 " + "0" * 64, "latest: 000000000000192/manifest.json is not the one it names (both written by rank 0)"),
     ],
 )  # fmt: skip
 def test_a_bad_pointer_is_refused_with_the_remedy(folder, text, message):
