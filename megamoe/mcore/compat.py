@@ -1,7 +1,8 @@
 """What differs between the versions of Megatron-core that are supported, each in one function.
 
 Lines are those of 0.16.1 (Python 3.11) and of 0.19.2 (Python 3.12), under megatron/core. Both train
-the same model to the same losses: tests/mcore/test_losses.py.
+the same model to the same losses: tests/mcore/test_losses.py. What a version needs on a processor, or
+without Transformer Engine, is a patch in megamoe/mcore/cpu.py, with the version it is `fixed_in`.
 """
 
 import importlib

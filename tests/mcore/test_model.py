@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megamoe.mcore import compat
 from megamoe.mcore.model import build_model, unwrap
 from megamoe.mcore.router import BalancedRouter
 from megamoe.plan.plan import Plan, Segment
@@ -228,6 +229,12 @@ def test_losses_and_gradients_are_those_of_the_reference(tmp_path, case):
         trained = run_megatron(chunk, SEQ_LEN)
     expected = run_reference(Reference(model, weights, interpolation), segment, SEQ_LEN)
     assert compare(trained, expected, model, SEQ_LEN) == []
+
+
+def test_the_model_is_of_the_class_that_megatron_core_does_not_deprecate(tmp_path):
+    with built(tmp_path, LATENT, 1.0, SEQ_LEN) as (chunk, _):
+        name = type(unwrap(chunk)).__name__
+    assert name == ("GPTModel" if compat.MEGATRON_CORE < (0, 19) else "HybridModel")
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, 5, 6, 10, 11])
