@@ -8,8 +8,10 @@ import torch
 
 from megamoe.mcore import context, groups
 from megamoe.mcore.model import build_chunk, unwrap
+from megamoe.mcore.sharing import describe
 from megamoe.nn.context_group import ContextGroup, Pending
 from megamoe.nn.context_parallel import Scheme
+from megamoe.recipe import MLA
 from tests.mcore import tiny
 from tests.mcore.world import world_of_one
 
@@ -75,3 +77,27 @@ def test_queries_are_made_between_sending_and_waiting_in_both_directions(
         *("forward sent", *made, "forward there"),
         *("backward sent", *passed_back, "backward there"),
     ]
+
+
+@pytest.mark.parametrize(("document_mask", "chosen"), [(False, "ring"), (True, "gather")])
+def test_auto_does_not_choose_a_ring_that_would_write_out_scores(tmp_path, document_mask, chosen):
+    attention = MLA(  # VAETKI-100B's
+        num_heads=24,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    plan = tiny.tiny_plan(
+        tmp_path,
+        replace(tiny.LATENT, attention=attention),
+        layout=replace(tiny.LAYOUT, cp=32, micro_batch=1),
+        seq_len=131_072,
+        document_mask=document_mask,
+    )
+    rates = {"peak_flops_per_s": 1e15, "network_bytes_per_s": 50e9}
+    plan = replace(plan, cluster=replace(plan.cluster, **rates))
+    _, said = describe(plan, plan.segments[0])
+    assert said.startswith(f"general: cp 32, layers without: {chosen} ")
+    assert ("scores written out" in said) == document_mask
