@@ -24,7 +24,7 @@ class StepResult:
     seconds: float  # wall time of the step on this rank
     expert_load: tuple[float, ...]  # per MoE layer: busiest expert's tokens / mean tokens
     memory_bytes: int  # peak of this rank: device memory, or resident memory on CPU
-    # (kind of layer, bytes this rank received forward, backward) for context parallelism
+    # (kind of layer, bytes forward, backward) for context parallelism, of the rank that received most
     cp_bytes: tuple[tuple[str, int, int], ...]
 
 

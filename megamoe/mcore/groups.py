@@ -72,15 +72,20 @@ def context_sharing() -> Sharing:
 
 
 def take_context_bytes() -> tuple[tuple[str, int, int], ...]:
-    """Return and forget the bytes received by each of `CONTEXTS`, forward and backward, if shared."""
-    taken = tuple(
-        (kind, cp.received.forward, cp.received.backward)
-        for kind, cp in _CONTEXTS.items()
-        if cp.size > 1
-    )
+    """Return and forget the bytes received by each of `CONTEXTS`, forward and backward, if shared.
+
+    Each number is that of the rank that received most: the first of a sequence gets no halo. All
+    ranks call this together.
+    """
+    received = [(cp.received.forward, cp.received.backward) for cp in _CONTEXTS.values()]
     for cp in _CONTEXTS.values():
         cp.received.forward = cp.received.backward = 0
-    return taken
+    if all(cp.size == 1 for cp in _CONTEXTS.values()):
+        return ()
+    most = torch.tensor(received, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    pairs = zip(_CONTEXTS, most.tolist(), strict=True)
+    return tuple((kind, forward, backward) for kind, (forward, backward) in pairs)
 
 
 def settle(plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """Queries, keys and latents of an attention, apart from what attends: for a cache, and for a shared sequence.
 
-Shapes: S tokens of this rank, B batch, D hidden, N heads of this rank, R latent, E rotary.
+Shapes: S tokens of this rank, B batch, D hidden, N heads of this rank, M key-value heads,
+H head dim, R latent, E rotary.
 """
 
 from functools import partial
@@ -54,3 +55,18 @@ def latent_queries(attention: Any, hidden_SBD: Tensor, rotate: partial[Tensor]) 
     queries = projected.unflatten(-1, (attention.num_attention_heads_per_partition, -1))
     q_nope, q_rope = torch.split(queries, [config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
     return torch.cat((q_nope, rotate(q_rope)), dim=-1)
+
+
+def grouped_parts(attention: Any, hidden_SBD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [S, B, N, H], keys and values [S, B, M, H] of GQA, not normed yet.
+
+    Megatron-Core 0.16.1 transformer/attention.py:1371 (0.19.2: 1817) projects all three in one product
+    and norms both queries and keys, unless it is told not to take them apart.
+    """
+    mixed, sizes = attention.get_query_key_value_tensors(hidden_SBD, split_qkv=False)
+    q, k, v = torch.split(mixed, sizes, dim=3)
+    q = q.reshape(*q.shape[:2], -1, k.shape[3])
+    # Ranks of tp that share a key-value head have the queries of all of them here.
+    tp = attention.pg_collection.tp
+    num_sharing = max(1, tp.size() // attention.config.num_query_groups)
+    return q.chunk(num_sharing, dim=2)[tp.rank() % num_sharing], k, v

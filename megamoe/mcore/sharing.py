@@ -36,6 +36,7 @@ def sharing_of(plan: Plan, segment: Segment) -> Sharing:
         cp=layout.cp,
         rank=0,
         dtype=parameter_dtype(segment),
+        has_documents=segment.document_mask,
     )
     # Ranks of tp are neighbours, then those of cp.
     machine = _machine(plan.cluster, layout.tp * layout.cp)

@@ -23,6 +23,7 @@ class Extent:
     cp: int
     rank: int
     dtype: torch.dtype
+    has_documents: bool = False  # which do not see each other
 
     @property
     def shard_len(self) -> int:
@@ -47,6 +48,13 @@ class Cost:
     wire: WireBytes
     flops: float
     seconds: float
+    writes_scores: bool = False  # no kernel does it: scores are written out in float32
+
+
+# How much slower attention is with scores written out: a GPU's FLOP/s in bfloat16 over those in float32,
+# 989 / 67 of an H200 (its data sheet). What reading and writing them takes comes on top, and on a CPU it
+# is less; neither makes such a ring the fastest.
+_SCORES_WRITTEN_OUT = 15.0
 
 
 def wire_bytes(layer: AttentionLayer, scheme: Scheme, extent: Extent) -> WireBytes:
@@ -88,14 +96,17 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
 
     Attention is computed 3.5 times, the scores of its backward pass anew, and projections three
     times, in a ring four. Messages of a ring are hidden by its attention as far as that takes;
-    those of the others by nothing, though a caller may hide some behind its query projections.
+    those of the others by nothing, though a caller may hide some behind its query projections. A ring
+    has no kernel for a window or documents (megamoe/nn/context_ring.py).
     """
     wire = wire_bytes(layer, scheme, extent)
     attention, projection = _attention_flops(layer, scheme, extent), 0.0
     if isinstance(layer.heads, LatentHeads):
         projection = _projection_flops(layer, layer.heads, scheme, extent)
     flops = 3.5 * attention + (4 if scheme is Scheme.RING else 3) * projection
-    computing = flops / machine.flops_per_s
+    writes_scores = scheme is Scheme.RING and (layer.window is not None or extent.has_documents)
+    slowed = 3.5 * attention * (_SCORES_WRITTEN_OUT - 1) if writes_scores else 0.0
+    computing = (flops + slowed) / machine.flops_per_s
     sending = (wire.forward + wire.backward) / machine.link_bytes_per_s
     if scheme is not Scheme.RING:
         num_messages = 6 if scheme is Scheme.HEADS else 2
@@ -104,7 +115,7 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
     moved = _chunks_moved(layer, extent) / machine.link_bytes_per_s
     latency = (3 * extent.cp + 4) * machine.message_s
     seconds = moved + max(computing, sending - moved) + latency
-    return Cost(scheme=scheme, wire=wire, flops=flops, seconds=seconds)
+    return Cost(scheme=scheme, wire=wire, flops=flops, seconds=seconds, writes_scores=writes_scores)
 
 
 def choose(layer: AttentionLayer, extent: Extent, machine: Machine) -> tuple[Cost, ...]:
@@ -139,7 +150,11 @@ def explain(costs: tuple[Cost, ...], chosen: Scheme) -> str:
 
 def _described(cost: Cost) -> str:
     received = (cost.wire.forward + cost.wire.backward) / 1e6
-    return f"{cost.scheme.value} {cost.seconds * 1e3:.3g} ms ({received:.3g} MB, {cost.flops / 1e12:.3g} TFLOP)"
+    scores = ", scores written out" if cost.writes_scores else ""
+    return (
+        f"{cost.scheme.value} {cost.seconds * 1e3:.3g} ms ({received:.3g} MB, "
+        f"{cost.flops / 1e12:.3g} TFLOP{scores})"
+    )
 
 
 def _halo_rows(layer: AttentionLayer, extent: Extent) -> tuple[int, int]:

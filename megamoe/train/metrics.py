@@ -26,8 +26,8 @@ UNITS = {
     "loss_nats_per_token": "nats per token; of held-out text where kind is 'eval'",
     "mtp_loss_nats_per_token": "nats per token, unweighted; absent without multi-token prediction",
     "aux_loss.<name>": "coefficient times loss, mean over layers",
-    "cp_bytes.<kind>.forward": "bytes rank 0 received from ranks that share its sequences, for layers of "
-    "a kind (local, global) or for tokens; absent with cp 1",
+    "cp_bytes.<kind>.forward": "bytes received from ranks that share a sequence, for layers of a kind "
+    "(local, global) or for tokens, of the rank that received most; absent with cp 1",
     "cp_bytes.<kind>.backward": "the same, in the backward pass",
     "grad_norm": "global L2 norm before clipping",
     "lr": "learning rate of the step",

@@ -34,13 +34,17 @@ with warnings.catch_warnings():
     from megamoe.mcore.engine import _forward_step
     from megamoe.mcore.init import initialize
     from megamoe.mcore.model import build_chunk
+    from megamoe.mcore.sharing import attention_layer, sharing_of
+    from megamoe.nn.context_cost import wire_bytes
+    from megamoe.nn.context_parallel import Scheme, schemes
 
-from megamoe.plan.plan import Plan
+from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import Model, Mtp, Router
 from tests.mcore import tiny
 
 SEQ_LEN = 48
 SIZES = (1, 2, 3, 4, 8)
+SHARED = SIZES[1:]
 LENGTHS = {cp: SEQ_LEN // cp for cp in SIZES}  # of shards
 END, PAD = 0, 1
 # Where documents end: one of one token in front, two side by side, before, at and after the edges
@@ -51,10 +55,21 @@ NO_BALANCING = Router(
     aux_loss=0.0, sequence_aux_loss=0.0, global_aux_loss=0.0, z_loss=0.0, bias_update_rate=0.0
 )
 SHORT = {"num_layers": 2, "window_pattern": "LG", "init_std": tiny.LATENT.hidden_dim**-0.5}
-# Two depths: what the first may see of a document, the second sees one token less of.
+# Two depths: what the first may see of a document, the second sees one token less of. Heads are shared
+# out over 2, 4 and 8 ranks, of which 1, 2 and 4 share a key-value head, and not over 3.
 MODELS = {
-    "latent": replace(tiny.LATENT, **SHORT, mtp=Mtp(num_layers=2, ffn="moe")),
-    "grouped": replace(tiny.GROUPED, **SHORT, mtp=Mtp(num_layers=2, ffn="dense")),
+    "latent": replace(
+        tiny.LATENT,
+        **SHORT,
+        attention=replace(tiny.LATENT.attention, num_heads=8),
+        mtp=Mtp(num_layers=2, ffn="moe"),
+    ),
+    "grouped": replace(
+        tiny.GROUPED,
+        **SHORT,
+        attention=replace(tiny.GROUPED.attention, num_heads=8),
+        mtp=Mtp(num_layers=2, ffn="dense"),
+    ),
     "yarn": replace(tiny.DUAL, num_layers=2),
 }
 Results = dict[str, torch.Tensor]
@@ -68,11 +83,17 @@ class Case:
     window: int | None  # None: that of the model
     packed: bool  # documents are masked
     mtp: bool
+    scheme: str = "auto"  # of layers without a window; of one rank it says nothing
     router: Router = tiny.ROUTER
 
     def __str__(self) -> str:
         packed, mtp = ("packed", "whole")[not self.packed], ("mtp", "no mtp")[not self.mtp]
-        return f"{self.model}, window {self.window}, {packed}, {mtp}"
+        return f"{self.model}, window {self.window}, {packed}, {mtp}, {self.scheme}"
+
+    @property
+    def of_one_rank(self) -> "Case":
+        """Return what the case is compared with."""
+        return replace(self, scheme="auto")
 
 
 def windows(cp: int) -> tuple[int, ...]:
@@ -84,24 +105,40 @@ def windows(cp: int) -> tuple[int, ...]:
 def cases(cp: int, *, every: bool) -> list[Case]:
     """Return what is compared with one rank; for one rank, all that is."""
     if cp == 1:
-        return list(dict.fromkeys(case for size in SIZES for case in _own(size, every=every)))
+        shared = (case for size in SHARED for case in _own(size, every=every))
+        return list(dict.fromkeys(case.of_one_rank for case in shared))
     return _own(cp, every=every)
 
 
+def possible_schemes(model: str, cp: int) -> list[str]:
+    """Return how layers without a window can be shared: heads if they divide, ring and gather."""
+    layer = attention_layer(MODELS[model], 1, has_window=False)
+    return [scheme.value for scheme in schemes(layer, cp)]
+
+
 def _own(cp: int, *, every: bool) -> list[Case]:
-    found = [
-        Case(model=model, window=window, packed=packed, mtp=mtp)
-        for model in ("latent", "grouped")
-        for window in windows(cp)
-        for packed in (True, False)
-        for mtp in (True, False)
-    ]
-    # A halo from one rank and from two, heads or a ring: what layers with and without a window do.
-    few = {"latent": LENGTHS[cp], "grouped": LENGTHS[cp] + 3}
+    # A halo from one rank, and from two.
+    near, far = LENGTHS[cp], LENGTHS[cp] + 3
+    found = []
+    for model in ("latent", "grouped"):
+        # Layers without a window do not know of it: one scheme meets all windows, the others one.
+        first, *others = possible_schemes(model, cp)
+        pairs = [*((window, first) for window in windows(cp)), *((far, other) for other in others)]
+        found += [
+            Case(model=model, window=window, packed=packed, mtp=mtp, scheme=scheme)
+            for window, scheme in pairs
+            for packed in (True, False)
+            for mtp in (True, False)
+        ]
+    # Heads, with cp 3 a ring; a ring, with cp 3 a gather.
+    few = {
+        "latent": (near, possible_schemes("latent", cp)[0]),
+        "grouped": (far, possible_schemes("grouped", cp)[1]),
+    }
     return [
         case
         for case in found
-        if every or (case.packed and case.mtp and few[case.model] == case.window)
+        if every or (case.packed and case.mtp and few[case.model] == (case.window, case.scheme))
     ]
 
 
@@ -155,8 +192,11 @@ def run(plan: Plan, case: Case, samples: list[Results]) -> Results:
         router=case.router,
         mtp_loss=0.3 if case.mtp else None,
         document_mask=case.packed,
+        layout=replace(plan.segments[0].layout, cp_scheme=case.scheme),
     )
     plan = replace(plan, model=model, segments=(segment,))
+    groups.take_context_bytes()
+    groups._SHARING[:] = [sharing_of(plan, segment)]  # groups are formed once, for all cases
     torch.manual_seed(plan.seed)
     module = build_chunk(plan, segment)
     initialize([module], std=model.init_std, seed=plan.seed)
@@ -164,6 +204,8 @@ def run(plan: Plan, case: Case, samples: list[Results]) -> Results:
     losses_BL, summed = _forward_step(iter([batch]), module)
     loss, num_tokens, measured = summed(losses_BL)
     loss.backward()
+    if segment.layout.cp > 1:
+        check_bytes(plan, segment)
     results = {
         "loss": loss.detach(),
         "tokens": num_tokens.double(),
@@ -178,6 +220,24 @@ def run(plan: Plan, case: Case, samples: list[Results]) -> Results:
     whole_BS[:, cp.rank * masked_BL.shape[1] :][:, : masked_BL.shape[1]] = masked_BL
     results["loss of each token"] = whole_BS
     return {name: _summed(name, value) for name, value in results.items()}
+
+
+def check_bytes(plan: Plan, segment: Segment) -> None:
+    """Tell by what came in that layers shared the sequences as they were told to."""
+    model = plan.model
+    num_predicting = model.mtp.num_layers if model.mtp else 0
+    kinds = {
+        "local": (Scheme.HALO, model.window_pattern.count("L")),
+        "global": (
+            Scheme(segment.layout.cp_scheme),
+            model.window_pattern.count("G") + num_predicting,
+        ),
+    }
+    for kind, (scheme, num_layers) in kinds.items():
+        cp, layer = groups.context(kind), attention_layer(model, 1, has_window=kind == "local")
+        wire = wire_bytes(layer, scheme, replace(sharing_of(plan, segment).extent, rank=cp.rank))
+        came = (cp.received.forward, cp.received.backward)
+        assert came == (num_layers * wire.forward, num_layers * wire.backward), (kind, came, wire)
 
 
 def _summed(name: str, value: torch.Tensor | None) -> torch.Tensor:

@@ -18,11 +18,21 @@ from megamoe.mcore.data import make_batch
 from megamoe.mcore.engine import Engine
 from megamoe.mcore.model import unwrap
 from tests.mcore import tiny
-from tests.mcore.packed import END, ENDS, MODELS, SEQ_LEN, SIZES, cases, documents, sequences
+from tests.mcore.packed import (
+    END,
+    ENDS,
+    MODELS,
+    SEQ_LEN,
+    SHARED,
+    Case,
+    cases,
+    documents,
+    possible_schemes,
+    sequences,
+)
 from tests.mcore.world import adam_states, everything, train, with_segment, world_of_one
 
 REPOSITORY = Path(__file__).parents[2]
-SHARED = [cp for cp in SIZES if cp > 1]
 # Sums of at most 144 tokens and 96 words through three layers and back: some 3 * 1,800 additions
 # (test_parity_recipes.py), whose roundings of 2^-53 are a random walk within 4 * sqrt(5400) * 2^-53 =
 # 3e-14; products of matrices of other shapes add up in another order.
@@ -53,11 +63,12 @@ def check(name: str, ours: dict[str, Tensor], expected: dict[str, Tensor]) -> No
         assert difference <= DOUBLE * (size if size > 1e-9 else 1), (name, key, difference, size)
 
 
-def compare(ours: dict, one: dict, expected: list[str]) -> None:
-    assert list(ours) == expected
-    for name, values in ours.items():
-        assert values.keys() == one[name].keys()
-        check(name, values, one[name])
+def compare(ours: dict, one: dict, expected: list[Case]) -> None:
+    assert list(ours) == [str(case) for case in expected]
+    for case in expected:
+        values, wanted = ours[str(case)], one[str(case.of_one_rank)]
+        assert values.keys() == wanted.keys()
+        check(str(case), values, wanted)
 
 
 def test_documents_are_as_if_each_were_alone_in_its_sequence(results):
@@ -77,14 +88,21 @@ def test_documents_are_as_if_each_were_alone_in_its_sequence(results):
 
 @pytest.mark.parametrize("cp", SHARED)
 def test_ranks_that_share_sequences_give_what_one_rank_gives(results, cp):
-    compare(results(cp), results(1)[0], [str(case) for case in cases(cp, every=False)])
+    expected = cases(cp, every=False)
+    assert len({case.scheme for case in expected}) == 2
+    compare(results(cp), results(1)[0], expected)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("cp", SHARED)
-def test_every_window_packed_and_not_with_and_without_prediction(results, cp):
-    expected = [str(case) for case in cases(cp, every=True)]
-    assert len(expected) == 2 * 5 * 2 * 2
+def test_every_window_and_scheme_packed_and_not_with_and_without_prediction(results, cp):
+    expected = cases(cp, every=True)
+    others = 1 if cp == 3 else 2  # of the schemes, all but the one that meets all windows
+    assert len(expected) == 2 * (5 + others) * 2 * 2
+    for model in ("latent", "grouped"):
+        assert len(possible_schemes(model, cp)) == 1 + others
+        of_model = {case.scheme for case in expected if case.model == model}
+        assert of_model == set(possible_schemes(model, cp))
     compare(results(cp, "every"), results(1, "every")[0], expected)
 
 

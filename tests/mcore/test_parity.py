@@ -6,7 +6,7 @@ All recipes, and more layouts, tensor by tensor: test_parity_recipes.py.
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -159,11 +159,12 @@ def test_data_parallelism_and_a_plain_pipeline_change_no_bit(states, model, layo
     assert differing == []
 
 
-def layers_of_first_rank(model: str, layout: Layout) -> dict[str, list[AttentionLayer]]:
-    """Return the attentions of rank 0, by kind; multi-token prediction is on the last rank of pp."""
+def layers_of_each_rank(model: str, layout: Layout) -> dict[str, list[AttentionLayer]]:
+    """Return the attentions of any rank of a layout without pp, by kind."""
+    assert layout.pp == 1
     whole = MODELS[model]
-    kinds = ["LG"[not whole.is_local(i)] for i in range(-(-whole.num_layers // layout.pp))]
-    if whole.mtp is not None and layout.pp == 1:
+    kinds = ["LG"[not whole.is_local(i)] for i in range(whole.num_layers)]
+    if whole.mtp is not None:
         kinds += "G" * whole.mtp.num_layers
     local, all_seen = (
         attention_layer(whole, layout.tp, has_window=has_window) for has_window in (True, False)
@@ -176,19 +177,25 @@ def layers_of_first_rank(model: str, layout: Layout) -> dict[str, list[Attention
     ("model", "layout"), [(model, layout) for model, layout in OTHERS if "cp" in layout]
 )
 def test_bytes_on_the_wire_are_those_of_the_formula(folder, model, layout):
-    """Rank 0 receives no halo forward, which comes from the ranks before, and one backward."""
+    """Of the rank that received most: the first gets no halo forward, and the last none backward."""
     segment = plan_of(folder, model, layout).segments[0]
-    layers = layers_of_first_rank(model, segment.layout)
+    layers = layers_of_each_rank(model, segment.layout)
     sharing = sharing_of(plan_of(folder, model, layout), segment)
     num_micro_batches = 8 // (segment.dp * segment.layout.micro_batch)
     for step in results_of(folder, model, layout):
         received = {kind: (forward, backward) for kind, forward, backward in step["cp_bytes"]}
         for kind, members in layers.items():
             wires = [
-                wire_bytes(layer, scheme_of(layer, sharing), sharing.extent) for layer in members
+                [
+                    wire_bytes(layer, scheme_of(layer, sharing), replace(sharing.extent, rank=rank))
+                    for layer in members
+                ]
+                for rank in range(segment.layout.cp)
             ]
             expected = tuple(
-                num_micro_batches * sum(getattr(wire, direction) for wire in wires)
+                num_micro_batches
+                * max(sum(getattr(wire, direction) for wire in of_rank) for of_rank in wires)
                 for direction in ("forward", "backward")
             )
+            assert min(expected) > 0
             assert received[kind] == expected, kind

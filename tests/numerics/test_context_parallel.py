@@ -6,6 +6,7 @@ All cases run once, in one world of 8 processes (context_world.py).
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,23 @@ def test_a_layer_with_a_window_is_cheapest_by_halo_and_one_without_by_heads():
     assert said.startswith("heads ")
     assert "fastest by estimate; else ring" in said
     assert "as asked for" in explain(costs, Scheme.RING)
+
+
+def test_a_ring_that_writes_out_scores_is_not_the_fastest():
+    """No kernel of a ring knows documents or windows; with either, something else costs less."""
+    local = AttentionLayer(heads=VAETKI_100B, window=512, scale=1.0)
+    whole = AttentionLayer(heads=VAETKI_100B, window=None, scale=1.0)
+    place = extent(131_072, 32, 0)
+    documents = replace(place, has_documents=True)
+    alone, apart = choose(whole, place, H200), choose(whole, documents, H200)
+    assert [cost.scheme for cost in alone] == [Scheme.RING, Scheme.GATHER]
+    assert [cost.scheme for cost in apart] == [Scheme.GATHER, Scheme.RING]
+    assert apart[0] == alone[1]
+    assert replace(apart[1], seconds=0.0, writes_scores=False) == replace(alone[0], seconds=0.0)
+    assert "TFLOP, scores written out)" in explain(apart, Scheme.GATHER)
+    assert "scores written out" not in explain(alone, Scheme.GATHER)
+    [ring] = [cost for cost in choose(local, place, H200) if cost.scheme is Scheme.RING]
+    assert ring.writes_scores
 
 
 @pytest.mark.slow

@@ -1,0 +1,103 @@
+"""How layers of the engine share sequences: which scheme, and what is made while messages are on their way."""
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from megamoe.mcore import context, groups
+from megamoe.mcore.model import build_chunk, unwrap
+from megamoe.mcore.sharing import describe
+from megamoe.nn.context_group import ContextGroup, Pending
+from megamoe.nn.context_parallel import Scheme
+from megamoe.recipe import MLA
+from tests.mcore import tiny
+from tests.mcore.world import world_of_one
+
+
+class Recording(ContextGroup):
+    """The first of two ranks, without the other; notes when messages leave and are waited for."""
+
+    def __init__(self) -> None:
+        """Begin without a note."""
+        super().__init__(None)
+        self.size = 2
+        self.notes: list[str] = []
+
+    def all_gather(self, x, direction):
+        """Return what this rank has, twice."""
+        return self._noted(torch.cat((x, x)), direction)
+
+    def all_to_all(self, x, direction):
+        """Return what this rank would send."""
+        return self._noted(x.clone(), direction)
+
+    def _noted(self, x, direction):
+        self.notes.append(f"{direction} sent")
+
+        def arrive():
+            self.notes.append(f"{direction} there")
+            return x
+
+        return Pending([], arrive)
+
+
+@pytest.mark.parametrize(
+    ("model", "between"),
+    [
+        (tiny.LATENT, ["linear_q_down_proj", "q_layernorm", "linear_q_up_proj"]),
+        (tiny.GROUPED, ["q_layernorm"]),
+    ],
+    ids=["latent", "grouped"],
+)
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_queries_are_made_between_sending_and_waiting_in_both_directions(
+    tmp_path, model, between, kind
+):
+    plan = tiny.tiny_plan(tmp_path, model=replace(model, num_layers=2, window_pattern="LG"))
+    cp = Recording()
+    with world_of_one(plan), mock.patch.dict(groups._CONTEXTS, {kind: cp}):
+        chunk = unwrap(build_chunk(plan, plan.segments[0]))
+        attention = chunk.decoder.layers[("local", "global").index(kind)].self_attention
+        for name in between:
+            part = getattr(attention, name)
+            part.register_forward_hook(lambda *_, name=name: cp.notes.append(f"forward {name}"))
+            part.register_full_backward_hook(
+                lambda *_, name=name: cp.notes.append(f"backward {name}")
+            )
+        hidden_LBD = torch.randn(8, 2, model.hidden_dim, requires_grad=True)
+        starts_SB = torch.zeros(16, 2, dtype=torch.int32)
+        with mock.patch.object(context, "scheme_of", return_value=Scheme.GATHER):
+            output, _ = attention(hidden_LBD, None, packed_seq_params=starts_SB)
+        output.sum().backward()
+    made = [f"forward {name}" for name in between]
+    passed_back = [f"backward {name}" for name in reversed(between)]
+    assert cp.notes == [
+        *("forward sent", *made, "forward there"),
+        *("backward sent", *passed_back, "backward there"),
+    ]
+
+
+@pytest.mark.parametrize(("document_mask", "chosen"), [(False, "ring"), (True, "gather")])
+def test_auto_does_not_choose_a_ring_that_would_write_out_scores(tmp_path, document_mask, chosen):
+    attention = MLA(  # VAETKI-100B's
+        num_heads=24,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    plan = tiny.tiny_plan(
+        tmp_path,
+        replace(tiny.LATENT, attention=attention),
+        layout=replace(tiny.LAYOUT, cp=32, micro_batch=1),
+        seq_len=131_072,
+        document_mask=document_mask,
+    )
+    rates = {"peak_flops_per_s": 1e15, "network_bytes_per_s": 50e9}
+    plan = replace(plan, cluster=replace(plan.cluster, **rates))
+    _, said = describe(plan, plan.segments[0])
+    assert said.startswith(f"general: cp 32, layers without: {chosen} ")
+    assert ("scores written out" in said) == document_mask
