@@ -154,6 +154,20 @@ def test_a_case_that_fails_is_kept_and_does_not_end_the_others():
     assert check.record.result["cases"]["bad"]["failed"] == "ValueError: no such kernel"
 
 
+def test_a_run_that_measured_no_step_of_ours_fails(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ValueError("no such kernel")
+
+    path = tmp_path / "result.json"
+    arguments = ["--device", "cpu", "--scale", "tiny", "-o", str(path)]
+    assert main([*arguments, "--time-limit", "0"]) == 1
+    assert "skipped" in json.loads(path.read_text())["cases"][STEPS[0]]
+    monkeypatch.setattr(megamoe_step, "measure", fail)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda _: None)  # it would only take time
+    assert main(arguments) == 1
+    assert "failed" in json.loads(path.read_text())["cases"][STEPS[0]]
+
+
 def test_a_module_is_timed_in_both_directions_and_no_longer_than_it_is_watched():
     linear = torch.nn.Linear(4, 4)
     breakdown = Breakdown(CPU)
