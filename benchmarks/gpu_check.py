@@ -40,7 +40,7 @@ With nothing installed but torch, triton and transformers, and Megatron-core in 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every case that time allows; 0 when megamoe's own step was measured."""
+    """Measure every case that time allows; 0 when megamoe's own step was measured, 2: a mistake."""
     args = _parse(arguments)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -50,11 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-core's, about itself
+        from megamoe.errors import MegamoeError
         from megamoe.mcore import cpu
 
         cpu.enable()
         record = Record(args.output or result_path(device), describe_machine(device))
-        Check(args, device, record).run()
+        try:
+            Check(args, device, record).run()
+        except MegamoeError as error:
+            sys.stderr.write(f"gpu_check: {error}\n")
+            return 2
     if record.path is None:
         sys.stdout.write(json.dumps(record.result, indent=1) + "\n")
     else:
@@ -67,10 +72,12 @@ class Check:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, record: Record) -> None:
         """Read the recipe; nothing is built yet."""
-        from benchmarks.megamoe_step import Load
+        from benchmarks.megamoe_step import Load, check_kernel
         from megamoe.recipe.load import load_recipe
         from megamoe.recipe.scale import scale_tiny
 
+        if args.attention is not None:
+            check_kernel(args.attention)
         loaded = load_recipe(args.recipe)
         self.recipe = (scale_tiny(loaded) if args.scale == "tiny" else loaded).recipe
         self.load = Load(

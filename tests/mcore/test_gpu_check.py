@@ -147,6 +147,17 @@ def test_without_cuda_it_says_what_to_give(capsys):
     assert "give --device cpu --scale tiny" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [("--recipe", "nope"), ("--attention", "--attention nope is not a kernel; give one of ")],
+)
+def test_a_mistake_is_told_in_one_line(capsys, flag, told):
+    assert main(["--device", "cpu", "--scale", "tiny", flag, "nope"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpu_check: ")
+    assert told in line
+
+
 def test_layers_are_added_in_whole_periods_until_memory_is_full():
     recipe = load_recipe("vaetki_7b_a1b").recipe
     load = Load(sequences=8, micro_batch=1, warmup=1, count=1)
