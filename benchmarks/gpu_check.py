@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks.record import Record, describe_machine, result_path, say  # noqa
 from benchmarks.timing import matmul_ceiling  # noqa: E402
 
 MATRIX_PRODUCT = "matrix product"
+NATURAL, BALANCED = "natural routing", "balanced routing"
 PEAK_BF16 = 989.4e12  # dense bfloat16 of H100 and H200 SXM, NVIDIA's data sheets
 EPILOG = """example (one GPU, the recipe's sizes, result in benchmarks/results):
   python benchmarks/gpu_check.py
@@ -38,7 +40,7 @@ With nothing installed but torch, triton and transformers, and Megatron-core in 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every case that time allows; 0 when megamoe's own steps were measured."""
+    """Measure every case that time allows; 0 when megamoe's own step was measured, 2: a mistake."""
     args = _parse(arguments)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -48,16 +50,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-core's, about itself
+        from megamoe.errors import MegamoeError
         from megamoe.mcore import cpu
 
         cpu.enable()
         record = Record(args.output or result_path(device), describe_machine(device))
-        Check(args, device, record).run()
+        try:
+            Check(args, device, record).run()
+        except MegamoeError as error:
+            sys.stderr.write(f"gpu_check: {error}\n")
+            return 2
     if record.path is None:
         sys.stdout.write(json.dumps(record.result, indent=1) + "\n")
     else:
         say(f"result: {record.path}")
-    return 0 if "random, natural routing" in record.result["cases"] else 1
+    return 0 if record.tokens_per_s(f"random, {NATURAL}") else 1
 
 
 class Check:
@@ -65,10 +72,12 @@ class Check:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, record: Record) -> None:
         """Read the recipe; nothing is built yet."""
-        from benchmarks.megamoe_step import Load
+        from benchmarks.megamoe_step import Load, check_kernel
         from megamoe.recipe.load import load_recipe
         from megamoe.recipe.scale import scale_tiny
 
+        if args.attention is not None:
+            check_kernel(args.attention)
         loaded = load_recipe(args.recipe)
         self.recipe = (scale_tiny(loaded) if args.scale == "tiny" else loaded).recipe
         self.load = Load(
@@ -104,6 +113,7 @@ class Check:
                 torch.cuda.empty_cache()
             if num_layers is not None:
                 self.transformers(Path(folder), num_layers)
+                self.compare()
 
     def case(self, name: str, measure: Callable[[], Any]) -> None:
         """Measure one case, if there is time left, and keep it at once; a failure is kept too."""
@@ -153,6 +163,7 @@ class Check:
 
     def _cases(self, plan: Any, folder: Path) -> None:
         from benchmarks import megamoe_step as ours
+        from benchmarks.sample_text import sample_text
         from megamoe.mcore.engine import Engine
         from megamoe.plan.params import count_params
 
@@ -172,29 +183,31 @@ class Check:
         def measure(text: Any) -> dict[str, Any]:
             return ours.measure(engine, text, self.load, self.device, self.peaks)
 
-        def measure_balanced() -> dict[str, Any]:
-            with ours.balanced(engine):
-                return measure(random)
+        @cache
+        def sample() -> tuple[Any, str]:
+            return sample_text(plan, folder / "sample")
 
-        self.case("random, natural routing", lambda: measure(random))
-        self.case("random, balanced routing", measure_balanced)
-        self.case("sample text, natural routing", lambda: self._on_sample(measure, plan, folder))
+        def on_sample() -> dict[str, Any]:
+            text, what = sample()
+            return measure(text) | {"text": what}
+
+        def evenly(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            with ours.balanced(engine):
+                return case()
+
+        self.case(f"random, {NATURAL}", lambda: measure(random))
+        self.case(f"random, {BALANCED}", lambda: evenly(lambda: measure(random)))
+        self.case(f"sample text, {NATURAL}", on_sample)
+        self.case(f"sample text, {BALANCED}", lambda: evenly(on_sample))
         self.case("breakdown", lambda: ours.break_down(engine, self.device))
 
-    def _on_sample(
-        self, measure: Callable[[Any], dict[str, Any]], plan: Any, folder: Path
-    ) -> dict[str, Any]:
-        from benchmarks.sample_text import sample_text
-
-        text, what = sample_text(plan, folder / "sample")
-        return measure(text) | {"text": what}
-
     def transformers(self, folder: Path, num_layers: int) -> None:
-        """Do the same step with plain transformers, where it is installed."""
-        name = "transformers, random, natural routing"
+        """Do the same steps with plain transformers, where it is installed."""
+        names = [f"transformers, random, {routing}" for routing in (NATURAL, BALANCED)]
         if find_spec("transformers") is None:
-            say(f"{name}: skipped, transformers is not installed")
-            self.record.add(name, {"skipped": "transformers is not installed"})
+            for name in names:
+                say(f"{name}: skipped, transformers is not installed")
+                self.record.add(name, {"skipped": "transformers is not installed"})
             return
         from benchmarks import megamoe_step as ours
         from benchmarks import transformers_step as theirs
@@ -204,12 +217,35 @@ class Check:
         plan = ours.random_text(plan, folder / "transformers")
         with ours.world_of_one(plan, self.device):
             text = TrainingText(plan, plan.segments[0], folder / "transformers" / "cache")
-            try:
-                self.case(
-                    name, lambda: theirs.measure(plan, text, self.load, self.device, self.peaks)
-                )
-            except torch.OutOfMemoryError as error:
-                self.record.add(name, {"failed": str(error).splitlines()[0]})
+
+            @cache
+            def model() -> Any:
+                return theirs.build(plan.model, plan.segments[0].seq_len, self.device)
+
+            def measure() -> dict[str, Any]:
+                return theirs.measure(model(), plan, text, self.load, self.device, self.peaks)
+
+            def measure_balanced() -> dict[str, Any]:
+                with theirs.balanced(model()):
+                    return measure()
+
+            for name, case in zip(names, (measure, measure_balanced), strict=True):
+                try:
+                    self.case(name, case)
+                except torch.OutOfMemoryError as error:
+                    self.record.add(name, {"failed": str(error).splitlines()[0]})
+
+    def compare(self) -> None:
+        """Note how fast our steps are in the terms of transformers' with the same routing."""
+        ratios: dict[str, float | None] = {}
+        for routing in (NATURAL, BALANCED):
+            ours = self.record.tokens_per_s(f"random, {routing}")
+            theirs = self.record.tokens_per_s(f"transformers, random, {routing}")
+            ratios[routing] = ours / theirs if ours and theirs else None
+            shown = "not measured" if ratios[routing] is None else f"{ratios[routing]:.3f}"
+            say(f"tokens/s of megamoe over those of transformers, random, {routing}: {shown}")
+        self.record.result["tokens_per_s_over_transformers"] = ratios
+        self.record.save()
 
 
 def _short(value: dict[str, Any]) -> str:

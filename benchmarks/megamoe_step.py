@@ -233,19 +233,23 @@ def attention_kernels(engine: Engine, device: torch.device) -> dict[str, str]:
     return describe(device, key_dim, attention.v_head_dim)
 
 
-def choose_kernel(engine: Engine, name: str) -> None:
-    """Give all attention one kernel, where its kind has one of that name.
+def check_kernel(name: str) -> None:
+    """Refuse what is not the name of a kernel for attention.
 
     Raises:
         DataError: there is no such kernel.
     """
-    from megamoe.mcore.layer import CoreAttention
-
     known = {*attention_gpu.FULL, *attention_gpu.WINDOW, attention_gpu.BLOCKS}
     if name not in known:
         raise DataError(
             f"--attention {name} is not a kernel; give one of {', '.join(sorted(known))}"
         )
+
+
+def choose_kernel(engine: Engine, name: str) -> None:
+    """Give all attention one kernel, where its kind has one of that name."""
+    from megamoe.mcore.layer import CoreAttention
+
     for module in unwrap(engine.chunks[0]).modules():
         if isinstance(module, CoreAttention):
             kernels = attention_gpu.FULL if module.window is None else attention_gpu.WINDOW

@@ -29,6 +29,11 @@ class Record:
         self.result["cases"][name] = value
         self.save()
 
+    def tokens_per_s(self, name: str) -> float | None:
+        """Return the speed of a case; None where it failed, was skipped or is not there."""
+        speed: float | None = self.result["cases"].get(name, {}).get("tokens_per_s")
+        return speed
+
     def give_up(self, what: dict[str, Any], keep: tuple[str, ...]) -> None:
         """Set the cases aside, but for some: memory ran out, and they are tried with less."""
         cases = self.result["cases"]

@@ -1,6 +1,8 @@
 """The same step by plain transformers, for gpu_check.py: DeepSeek-V3's model in the recipe's sizes."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,10 +25,14 @@ DIFFERS = (
 
 
 def measure(
-    plan: Plan, text: TrainingText, load: Load, device: torch.device, peaks: dict[str, float | None]
+    model: Any,
+    plan: Plan,
+    text: TrainingText,
+    load: Load,
+    device: torch.device,
+    peaks: dict[str, float | None],
 ) -> dict[str, Any]:
     """Return the figures of a transformers model's steps on the same text."""
-    model = build(plan.model, plan.segments[0].seq_len, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=plan.segments[0].lr.peak, fused=device.type == "cuda"
     )
@@ -105,6 +111,33 @@ def build(model: Model, seq_len: int, device: torch.device) -> Any:
             experts_implementation="grouped_mm",
         )
     return built.to(device).train()
+
+
+@contextmanager
+def balanced(model: Any) -> Iterator[None]:
+    """Have every router choose at random, which is even, until the end.
+
+    Experts are chosen by score + bias. A bias of each token's own, with differences far above
+    those of scores (0 to 1), leaves the choice to chance and the weights of the chosen as they are.
+    """
+    routers = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    assert routers, "a model without routers that have a bias"
+    biases = [router.e_score_correction_bias for router in routers]
+
+    def choose(router: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        num_experts, hidden_dim = router.weight.shape
+        num_tokens = inputs[0].numel() // hidden_dim
+        router.e_score_correction_bias = 1_000 * torch.rand(
+            num_tokens, num_experts, device=inputs[0].device
+        )
+
+    handles = [router.register_forward_pre_hook(choose) for router in routers]
+    try:
+        yield
+    finally:
+        for handle, router, bias in zip(handles, routers, biases, strict=True):
+            handle.remove()
+            router.e_score_correction_bias = bias
 
 
 def _without_windows(seq_len: int, _: int | None) -> int:

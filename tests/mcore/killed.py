@@ -7,6 +7,7 @@ and the losses and final state of the continued run.
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from tests.mcore.world import everything
 
 SEED = 20261122
 NUM_STEPS = 4  # a save after each
+DIED = "died"  # file of a run: the save it was killed in
 TIMEOUT = timedelta(seconds=60)  # of a collective whose other ranks have died
 MODEL = replace(
     tiny.LATENT,
@@ -66,46 +69,72 @@ class Case:
     after: bool
 
 
+Arm = Callable[[Case, Callable[[], None]], None]  # the second has this process die
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """Something that every save does.
+
+    Args:
+        arm: has a process die there.
+        most: calls, or milliseconds, to draw from, of each rank that gets there: each save has as
+            many.
+        first_save: where it happens first; two checkpoints are kept.
+    """
+
+    arm: Arm
+    most: tuple[int, ...]
+    first_save: int = 1
+
+
 def cases() -> list[Case]:
-    """Return thirty moments, seeded; every third with two ranks, every sixth in the first save."""
+    """Return thirty moments, seeded; every third with two ranks, which die by turns.
+
+    Every sixth is in the first save, where its point is.
+    """
     chance = random.Random(SEED)
+    turns = itertools.cycle((1, 0))
     drawn = []
     for index in range(30):
-        point = list(POINTS)[index % len(POINTS)]
-        first_rank_only, most = POINTS[point][1:]
+        name = list(POINTS)[index % len(POINTS)]
+        point = POINTS[name]
         world_size = 2 if index % 3 == 2 else 1
-        rank = 0 if first_rank_only else chance.randrange(world_size)
+        rank = next(turns) if world_size == len(point.most) == 2 else 0
+        save = 1 if index % 6 == 0 else chance.choice([2, 3])
         drawn.append(
             Case(
-                name=f"{index:02d}-{point.replace(' ', '-')}",
-                save=1 if index % 6 == 0 else chance.choice([2, 3]),
+                name=f"{index:02d}-{name.replace(' ', '-')}",
+                save=max(save, point.first_save),
                 world_size=world_size,
                 rank=rank,
-                point=point,
-                nth=chance.randrange(1, most + 1),
+                point=name,
+                nth=chance.randrange(1, point.most[rank] + 1),
                 after=chance.random() < 0.5,
             )
         )
     return drawn
 
 
-def _die() -> None:
+def _die(run_dir: Path) -> None:
+    """Note in which save, and die."""
+    (run_dir / DIED).write_text(str(BEGUN[0]))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _at_call(owner: Any, name: str) -> Callable[[Case], None]:
+def _at_call(owner: Any, name: str) -> Arm:
     """Return what has this process die at the n-th call of a function."""
 
-    def arm(case: Case) -> None:
+    def arm(case: Case, die: Callable[[], None]) -> None:
         function, calls = getattr(owner, name), [0]
 
         def counted(*args: Any, **options: Any) -> Any:
             calls[0] += BEGUN[0] >= case.save
             if calls[0] == case.nth and not case.after:
-                _die()
+                die()
             result = function(*args, **options)
             if calls[0] == case.nth and BEGUN[0] >= case.save:
-                _die()
+                die()
             return result
 
         setattr(owner, name, counted)
@@ -113,29 +142,31 @@ def _at_call(owner: Any, name: str) -> Callable[[Case], None]:
     return arm
 
 
-def _half_removed(case: Case) -> None:
+def _half_removed(case: Case, die: Callable[[], None]) -> None:
     """Die when the first file of an old checkpoint is gone."""
     remove = files.shutil.rmtree
 
     def begin_to_remove(path: Path, **options: Any) -> None:
         if Path(path).name.endswith(".removed") and BEGUN[0] >= case.save:
             next(Path(path).iterdir()).unlink()
-            _die()
+            die()
         remove(path, **options)
 
     files.shutil.rmtree = begin_to_remove  # type: ignore[assignment]
 
 
-def _some_time_after(case: Case) -> None:
+def _some_time_after(case: Case, die: Callable[[], None]) -> None:
     """Die while the writer writes and training goes on: so many milliseconds after it began."""
     write = saver._write
 
     def write_and_die(*args: Any) -> int:
-        if BEGUN[0] >= case.save:
-            wait = threading.Thread(target=lambda: (time.sleep(case.nth / 1000), _die()))
-            wait.daemon = True
-            wait.start()
-        return write(*args)
+        if BEGUN[0] < case.save:
+            return write(*args)
+        wait = threading.Thread(target=lambda: (time.sleep(case.nth / 1000), die()), daemon=True)
+        wait.start()
+        num_bytes = write(*args)
+        wait.join()  # a writer that is faster has not ended either
+        return num_bytes
 
     saver._write = write_and_die
 
@@ -154,18 +185,17 @@ def _count_saves() -> None:
 
 
 BEGUN = [0]  # saves of this process
-# Name: what arms it, whether only the first rank gets there, and the most calls of a save.
-POINTS: dict[str, tuple[Callable[[Case], None], bool, int]] = {
-    "copying": (_at_call(engine.checkpoint, "snapshot"), False, 1),
-    "making the folder": (_at_call(files, "begin"), True, 1),
-    "inside a shard": (_at_call(HashingFile, "write"), False, 300),
-    "between files": (_at_call(HashingFile, "close"), False, 8),
-    "before the manifest": (_at_call(saver, "write_manifest"), True, 1),
-    "flushing and renaming": (_at_call(files, "_flush"), True, 10),
-    "naming the latest": (_at_call(files, "name_latest"), True, 1),
-    "around cleanup": (_at_call(files, "_remove"), True, 1),
-    "during cleanup": (_half_removed, True, 1),
-    "in the writer": (_some_time_after, False, 150),
+POINTS = {
+    "copying": Point(arm=_at_call(engine.checkpoint, "snapshot"), most=(1, 1)),
+    "making the folder": Point(arm=_at_call(files, "begin"), most=(1,)),
+    "inside a shard": Point(arm=_at_call(HashingFile, "write"), most=(1_000, 1_000)),
+    "between files": Point(arm=_at_call(HashingFile, "close"), most=(8, 2)),
+    "before the manifest": Point(arm=_at_call(saver, "write_manifest"), most=(1,)),
+    "flushing and renaming": Point(arm=_at_call(files, "_flush"), most=(9,)),
+    "naming the latest": Point(arm=_at_call(files, "name_latest"), most=(1,)),
+    "around cleanup": Point(arm=_at_call(files, "_remove"), most=(1,), first_save=3),
+    "during cleanup": Point(arm=_half_removed, most=(1,), first_save=3),
+    "in the writer": Point(arm=_some_time_after, most=(150, 150)),
 }
 
 
@@ -204,7 +234,7 @@ def _train(plan: Plan, run_dir: Path, rank: int, case: Case | None) -> None:
     gc.freeze()
     if case is not None and case.rank == rank:
         _count_saves()
-        POINTS[case.point][0](case)
+        POINTS[case.point].arm(case, partial(_die, run_dir))
     losses = {}
 
     class Keep:
@@ -273,8 +303,9 @@ def main() -> None:
         run_dir = folder / case.name
         run_dir.mkdir()
         plan = plan_of(folder, case.world_size)
-        ended_well = _run(plan, run_dir, case)
-        result = {"ended_well": ended_well, **_after_kill(run_dir / "checkpoints")}
+        assert not _run(plan, run_dir, case), case
+        died = int((run_dir / DIED).read_text())
+        result = {"died_in_save": died, **_after_kill(run_dir / "checkpoints")}
         result["continued"] = _run(plan, run_dir, None)
         (run_dir / "result.json").write_text(json.dumps(result))
 

@@ -17,11 +17,13 @@ from benchmarks.gpu_check import main
 from benchmarks.megamoe_step import STATE_BYTES, Load, layer_counts, layers_that_fit
 from benchmarks.record import Record
 from megamoe.recipe.load import load_recipe
+from megamoe.recipe.scale import scale_tiny
 
 REPOSITORY = Path(__file__).parents[2]
-TRANSFORMERS = "transformers, random, natural routing"
-STEPS = ["random, natural routing", "random, balanced routing", "sample text, natural routing"]
-STEPS += [TRANSFORMERS] if find_spec("transformers") else []
+ROUTINGS = ["natural routing", "balanced routing"]
+OURS = [f"{text}, {routing}" for text in ("random", "sample text") for routing in ROUTINGS]
+TRANSFORMERS = [f"transformers, random, {routing}" for routing in ROUTINGS]
+STEPS = [*OURS, *(TRANSFORMERS if find_spec("transformers") else [])]
 CPU = torch.device("cpu")
 
 
@@ -68,13 +70,68 @@ def test_the_parts_of_a_step_take_no_longer_than_the_step(result):
         assert kinds[kind]["forward_calls"] == kinds[kind]["backward_calls"]
 
 
-def test_balanced_routing_is_more_even_than_none(result):
-    natural, balanced = (result["cases"][name]["expert_load"]["max"] for name in STEPS[:2])
+@pytest.mark.parametrize("text", ["random", "sample text"])
+def test_balanced_routing_is_more_even_than_none(result, text):
+    natural, balanced = (
+        result["cases"][f"{text}, {routing}"]["expert_load"]["max"] for routing in ROUTINGS
+    )
     assert 1 <= balanced < natural
 
 
-def test_transformers_is_measured_or_its_absence_told(result):
-    case = result["cases"][TRANSFORMERS]
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_ratio_is_of_our_speed_to_that_of_transformers(result, routing):
+    ratio = result["tokens_per_s_over_transformers"][routing]
+    if not find_spec("transformers"):
+        assert ratio is None
+        return
+    speeds = [result["cases"][f"{who}random, {routing}"] for who in ("", "transformers, ")]
+    assert ratio == pytest.approx(speeds[0]["tokens_per_s"] / speeds[1]["tokens_per_s"])
+
+
+def test_what_was_not_measured_has_no_ratio(capsys):
+    record = Record(None, {})
+    check = gpu_check.Check(gpu_check._parse(["--device", "cpu"]), CPU, record)
+    record.add("random, natural routing", {"tokens_per_s": 6.0})
+    record.add("transformers, random, natural routing", {"tokens_per_s": 4.0})
+    record.add("random, balanced routing", {"tokens_per_s": 6.0})
+    record.add("transformers, random, balanced routing", {"failed": "no memory"})
+    check.compare()
+    ratios = record.result["tokens_per_s_over_transformers"]
+    assert ratios == {"natural routing": 1.5, "balanced routing": None}
+    shown = capsys.readouterr().err
+    assert "transformers, random, natural routing: 1.500" in shown
+    assert "transformers, random, balanced routing: not measured" in shown
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+def test_routers_of_transformers_choose_evenly_and_then_as_before():
+    from benchmarks import transformers_step
+
+    recipe = scale_tiny(load_recipe("vaetki_7b_a1b")).recipe
+    model = transformers_step.build(recipe.model, 64, CPU)
+    experts = recipe.model.experts
+    chosen = []
+    [router, *_] = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    router.register_forward_hook(lambda *call: chosen.append(call[-1][-1]))
+    tokens_BS = torch.full((4, 64), 7)  # all alike: naturally, all go the same way
+    with torch.no_grad():
+        model(tokens_BS)
+        with transformers_step.balanced(model):
+            model(tokens_BS)
+        model(tokens_BS)
+    before, balanced, after = (
+        torch.bincount(chosen_TK.flatten(), minlength=experts.num_routed) for chosen_TK in chosen
+    )
+    assert before.count_nonzero() == experts.top_k
+    # 256 tokens choose: a deviation is the square root of the mean, six are allowed.
+    mean = 256 * experts.top_k / experts.num_routed
+    assert (balanced - mean).abs().max() < 6 * mean**0.5
+    assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_is_measured_or_its_absence_told(result, name):
+    case = result["cases"][name]
     if find_spec("transformers"):
         assert case["experts_implementation"] == "grouped_mm"
         # The same matrices; norms, and biases of the router, differ.
@@ -88,6 +145,17 @@ def test_without_cuda_it_says_what_to_give(capsys):
         pytest.skip("there is CUDA")
     assert main(["--device", "cuda"]) == 2
     assert "give --device cpu --scale tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [("--recipe", "nope"), ("--attention", "--attention nope is not a kernel; give one of ")],
+)
+def test_a_mistake_is_told_in_one_line(capsys, flag, told):
+    assert main(["--device", "cpu", "--scale", "tiny", flag, "nope"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpu_check: ")
+    assert told in line
 
 
 def test_layers_are_added_in_whole_periods_until_memory_is_full():
@@ -152,6 +220,20 @@ def test_a_case_that_fails_is_kept_and_does_not_end_the_others():
     check = gpu_check.Check(gpu_check._parse(["--device", "cpu"]), CPU, Record(None, {}))
     check.case("bad", fail)
     assert check.record.result["cases"]["bad"]["failed"] == "ValueError: no such kernel"
+
+
+def test_a_run_that_measured_no_step_of_ours_fails(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ValueError("no such kernel")
+
+    path = tmp_path / "result.json"
+    arguments = ["--device", "cpu", "--scale", "tiny", "-o", str(path)]
+    assert main([*arguments, "--time-limit", "0"]) == 1
+    assert "skipped" in json.loads(path.read_text())["cases"][STEPS[0]]
+    monkeypatch.setattr(megamoe_step, "measure", fail)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda _: None)  # it would only take time
+    assert main(arguments) == 1
+    assert "failed" in json.loads(path.read_text())["cases"][STEPS[0]]
 
 
 def test_a_module_is_timed_in_both_directions_and_no_longer_than_it_is_watched():
