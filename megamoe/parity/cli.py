@@ -190,9 +190,14 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         if row.comparison is None:
             lines.append(f"{row.layout} failed: {row.error}")
         elif row.comparison.beyond:
-            count = len(row.comparison.beyond)
-            lines.append(f"{row.layout} differs in {count}, first in {row.comparison.beyond[0]}")
+            lines.append(f"{row.layout} differs in {_beyond(row.comparison)}")
     return lines
+
+
+def _beyond(found: "Comparison") -> str:
+    count, first, tensor = len(found.beyond), found.beyond[0], found.first_tensor
+    named = "" if tensor in (first, None) else f"; first tensor: {tensor}"
+    return f"{count}, first in {first}{named}"
 
 
 def _as_json(row: Row) -> dict[str, object]:
