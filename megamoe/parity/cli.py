@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from megamoe.errors import LaunchError, PlanError
 from megamoe.parity.layouts import DEFAULT, Grid, one_process, parse_layouts
 from megamoe.parity.small import MICRO_BATCH, plan_of, small_recipe, with_text, write_text
 from megamoe.plan.plan import Plan, Shard
+from megamoe.recipe.layout import Layout
 
 if TYPE_CHECKING:
     from megamoe.parity.compare import Comparison, Left
@@ -108,8 +109,6 @@ def table(rows: Sequence[Row]) -> str:
 def _compare(
     plans: Sequence[tuple[Grid, Plan]], place: tuple[Path, int], bound: float
 ) -> list[Row]:
-    from megamoe.parity.compare import compare
-
     folder, seed = place
     shards = tuple(write_text(folder / "text", each, seed + i) for i, each in enumerate(_TEXTS))
     (_, first), *others = plans
@@ -117,31 +116,41 @@ def _compare(
     started = time.monotonic()
     one = _leave(first, folder, shards)
     _say(f"{name}: one process, {time.monotonic() - started:.1f} s")
+    found: dict[tuple[Layout, int], Row] = {}
     rows = []
     for grid, plan in others:
-        started = time.monotonic()
-        error = comparison = None
-        try:
-            comparison = compare(_leave(plan, folder, shards, grid.name), one, bound)
-        except LaunchError as failure:
-            error = str(failure)
-        seconds = time.monotonic() - started
-        rows.append(
-            Row(
-                recipe=name,
-                layout=grid.name,
-                processes=grid.world_size,
-                seconds=seconds,
-                error=error,
-                comparison=comparison,
-            )
-        )
-        shutil.rmtree(folder / grid.name)
-        outcome = "equal" if rows[-1].is_equal else "DIFFERS"
-        _say(
-            f"{name}: {grid.name}, {grid.world_size} processes, {seconds:.1f} s: {error or outcome}"
-        )
+        key = grid.layout, grid.world_size
+        if key not in found:
+            found[key] = _row(grid, plan, (folder, shards), one, bound)
+        # 'ep2xpp2' is 'dp2xpp2xep2': two names of a grid have the numbers of one run.
+        row = replace(found[key], layout=grid.name)
+        rows.append(row)
+        outcome = row.error or ("equal" if row.is_equal else "DIFFERS")
+        _say(f"{name}: {grid.name}, {grid.world_size} processes, {row.seconds:.1f} s: {outcome}")
     return rows
+
+
+def _row(
+    grid: Grid, plan: Plan, text: tuple[Path, tuple[Shard, ...]], one: "Left", bound: float
+) -> Row:
+    from megamoe.parity.compare import compare
+
+    folder, shards = text
+    started = time.monotonic()
+    error = comparison = None
+    try:
+        comparison = compare(_leave(plan, folder, shards, grid.name), one, bound)
+    except LaunchError as failure:
+        error = str(failure)
+    shutil.rmtree(folder / grid.name)
+    return Row(
+        recipe=plan.recipe,
+        layout=grid.name,
+        processes=grid.world_size,
+        seconds=time.monotonic() - started,
+        error=error,
+        comparison=comparison,
+    )
 
 
 def _leave(plan: Plan, folder: Path, shards: tuple[Shard, ...], name: str = "one") -> "Left":
@@ -181,9 +190,14 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         if row.comparison is None:
             lines.append(f"{row.layout} failed: {row.error}")
         elif row.comparison.beyond:
-            count = len(row.comparison.beyond)
-            lines.append(f"{row.layout} differs in {count}, first in {row.comparison.beyond[0]}")
+            lines.append(f"{row.layout} differs in {_beyond(row.comparison)}")
     return lines
+
+
+def _beyond(found: "Comparison") -> str:
+    count, first, tensor = len(found.beyond), found.beyond[0], found.first_tensor
+    named = "" if tensor in (first, None) else f"; first tensor: {tensor}"
+    return f"{count}, first in {first}{named}"
 
 
 def _as_json(row: Row) -> dict[str, object]:

@@ -37,7 +37,8 @@ class Comparison:
         str, float
     ]  # loss, mtp_loss, grad_norm and each balancing loss: worse of the steps
     tensors: dict[str, Worst]  # by KINDS
-    beyond: tuple[str, ...]  # whatever exceeds the bound, in the order of the forward pass
+    beyond: tuple[str, ...]  # whatever exceeds the bound: what was measured, then tensors
+    first_tensor: str | None  # of those, in the order of the forward pass
     idle_experts: int  # that had no token in a whole batch, over layers and steps
 
     @property
@@ -72,13 +73,17 @@ def compare(ours: Left, one: Left, bound: float) -> Comparison:
     """
     measured, beyond = _measured(ours, one, bound)
     found = list(_differences(ours, one))
-    beyond += [each.name for kind, each in found if each.difference > (bound if kind else 0)]
+    differing = [each.name for kind, each in found if each.difference > (bound if kind else 0)]
     tensors = {
         kind: max((each for of, each in found if of == kind), key=lambda each: each.difference)
         for kind in KINDS
     }
     return Comparison(
-        measured=measured, tensors=tensors, beyond=tuple(beyond), idle_experts=_idle_experts(one)
+        measured=measured,
+        tensors=tensors,
+        beyond=(*beyond, *differing),
+        first_tensor=next(iter(differing), None),
+        idle_experts=_idle_experts(one),
     )
 
 

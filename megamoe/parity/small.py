@@ -52,7 +52,7 @@ def small_recipe(name: str, *, document_mask: bool = False) -> Recipe:
         RecipeError: there is no such recipe, or it is wrong.
     """
     tiny = scale_tiny(load_recipe(name)).recipe
-    stage = _stage(tiny.stages[0], has_bias=tiny.model.experts.expert_bias)
+    stage = _stage(tiny.stages[0], tiny.model)
     return replace(
         tiny,
         model=_model(tiny.model),
@@ -138,7 +138,8 @@ def _attention(attention: MLA | GQA) -> MLA | GQA:
     )
 
 
-def _stage(stage: Stage, *, has_bias: bool) -> Stage:
+def _stage(stage: Stage, model: Model) -> Stage:
+    rope = model.global_rope
     return replace(
         stage,
         tokens=sum(BATCHES) * SEQ_LEN,
@@ -146,12 +147,13 @@ def _stage(stage: Stage, *, has_bias: bool) -> Stage:
         lr=RATE,
         batch_ramp=((0, BATCHES[0]), (BATCHES[0] * SEQ_LEN, BATCHES[1])),
         fim_rate=0.0,
-        rope_interpolation=1.0,
+        # As in a stage of long context, where the model can have one.
+        rope_interpolation=1.0 if rope is None or rope.yarn is not None else 2.0,
         router=Router(
             aux_loss=1e-2,
             sequence_aux_loss=1e-2,
             global_aux_loss=1e-2,
             z_loss=1e-3,
-            bias_update_rate=1e-2 if has_bias else 0.0,
+            bias_update_rate=1e-2 if model.experts.expert_bias else 0.0,
         ),
     )

@@ -1,6 +1,6 @@
 """Plants known mistakes of distributed training, one at a time, and shows that parity finds each.
 
-    python -m tests.mcore.mutations            # all, a line each; 1 when one goes unnoticed
+    python -m tests.mcore.mutations            # without one, then each; 1 when one goes unnoticed
     python -m tests.mcore.mutations NAME       # one, with the table of `megamoe parity`
 
 None of them changes what one process computes, so that only the layout is wrong.
@@ -49,6 +49,17 @@ def _shift_within_the_shard() -> Any:
         return rolled, torch.ones(())
 
     return mock.patch.object(compat, "roll_tensor", roll)
+
+
+def _mtp_loss_divided_by_cp() -> Any:
+    config_of = model.transformer_config
+
+    def divided(plan: Any, segment: Any) -> Any:
+        config = config_of(plan, segment)
+        config.mtp_loss_scaling_factor /= config.context_parallel_size
+        return config
+
+    return mock.patch.object(model, "transformer_config", divided)
 
 
 def _expert_gradients_divided_by_ep() -> Any:
@@ -184,6 +195,12 @@ MUTATIONS = {
         layout="cp2",
         plant=_shift_within_the_shard,
     ),
+    "mtp_scale": Mutation(
+        what="loss of multi-token prediction divided by cp",
+        recipe="k_exaone_236b_a23b",
+        layout="cp2",
+        plant=_mtp_loss_divided_by_cp,
+    ),
     "expert_divisor": Mutation(
         what="gradients of experts divided by ep",
         recipe="vaetki_7b_a1b",
@@ -274,6 +291,18 @@ MUTATIONS = {
 }
 
 
+def _controls() -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for each in MUTATIONS.values():
+        layouts = found.setdefault((each.recipe, each.options), [])
+        if each.layout not in layouts:
+            layouts.append(each.layout)
+    return found
+
+
+CONTROLS = _controls()  # by recipe and options, the layouts of MUTATIONS: equal without a mistake
+
+
 def main() -> int:
     """Plant one mistake, or all in turn."""
     if len(sys.argv) > 1:
@@ -281,25 +310,41 @@ def main() -> int:
         with mutation.plant():
             layout = ("--layouts", mutation.layout)
             return command.main(["parity", mutation.recipe, *layout, *mutation.options])
-    unnoticed = 0
+    wrong = 0
+    for recipe, options in CONTROLS:
+        found = leave_as_it_is(recipe, options)
+        wrong += found.returncode != 0
+        layouts = " ".join((*CONTROLS[recipe, options], *options))
+        outcome = "equal" if found.returncode == 0 else f"NOT EQUAL\n{found.stdout}{found.stderr}"
+        _say(f"no mistake: {recipe} {layouts}\n  {outcome}")
     for name, mutation in MUTATIONS.items():
-        found = plant(name)
-        unnoticed += "DIFFERS" not in found
-        where = next((line for line in found.splitlines() if " differs in " in line), "NOT NOTICED")
-        sys.stdout.write(f"{name}: {mutation.what}\n  {where}\n")
-        sys.stdout.flush()
-    return 1 if unnoticed else 0
+        text = plant(name)
+        wrong += "DIFFERS" not in text
+        where = next((line for line in text.splitlines() if " differs in " in line), "NOT NOTICED")
+        _say(f"{name}: {mutation.what}\n  {where}")
+    return 1 if wrong else 0
 
 
 def plant(name: str) -> str:
     """Plant a mistake in a process of its own; return what `megamoe parity` prints."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.mcore.mutations", name],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _python("tests.mcore.mutations", name)
     return done.stdout + done.stderr
+
+
+def leave_as_it_is(recipe: str, options: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Compare the layouts of CONTROLS, with no mistake planted."""
+    layouts = ",".join(CONTROLS[recipe, options])
+    return _python("megamoe", "parity", recipe, "--layouts", layouts, *options)
+
+
+def _python(*module: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", *module]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

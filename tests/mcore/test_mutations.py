@@ -1,8 +1,8 @@
-"""`megamoe parity` finds each of the mistakes that are planted on purpose."""
+"""`megamoe parity` finds each of the mistakes that are planted on purpose, and nothing without them."""
 
 import pytest
 
-from tests.mcore.mutations import MUTATIONS, plant
+from tests.mcore.mutations import CONTROLS, MUTATIONS, leave_as_it_is, plant
 
 
 @pytest.mark.mutations
@@ -11,3 +11,10 @@ def test_a_planted_mistake_is_found(name):
     found = plant(name)
     assert "DIFFERS" in found
     assert f"{MUTATIONS[name].layout} differs in " in found
+
+
+@pytest.mark.mutations
+@pytest.mark.parametrize(("recipe", "options"), CONTROLS)
+def test_without_a_mistake_the_same_layouts_are_equal(recipe, options):
+    found = leave_as_it_is(recipe, options)
+    assert found.returncode == 0, found.stdout + found.stderr

@@ -83,6 +83,25 @@ def test_what_only_one_layout_has_is_a_difference():
     assert compare(left(), more, 1.0).beyond == ("step 1: aux_loss", "step 1: mtp.weight")
 
 
+def note(comparison):
+    row = Row(recipe="r", layout="tp2", processes=2, seconds=3.0, error=None, comparison=comparison)
+    return table([row]).splitlines()[-2]
+
+
+def test_the_first_tensor_is_named_beside_the_first_measured_value():
+    name = "chained_1.optimizer.state.exp_avg.embedding.weight"
+    tensors = {name: torch.tensor([4.0, 2.5]), "output.weight": torch.tensor([2.0])}
+    both = compare(left(tensors, grad_norm=5.0), left(), BOUND)
+    assert both.first_tensor == "step 1: embedding.weight gradient"
+    assert note(both) == (
+        "tp2 differs in 3, first in step 1: grad_norm; "
+        "first tensor: step 1: embedding.weight gradient"
+    )
+    measured = compare(left(grad_norm=5.0), left(), BOUND)
+    assert measured.first_tensor is None
+    assert note(measured) == "tp2 differs in 1, first in step 1: grad_norm"
+
+
 def test_the_table_names_the_first_difference_and_what_failed():
     found = compare(left({"output.weight": torch.tensor([2.0])}), left(), BOUND)
     rows = [

@@ -1,6 +1,7 @@
 """Layouts as words, and the model they are compared on; nothing is trained."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from megamoe.errors import MegamoeError, PlanError
 from megamoe.parity.layouts import DEFAULT, one_process, parse_layouts
 from megamoe.parity.small import BATCHES, MICRO_BATCH, plan_of, small_recipe
 from megamoe.plan.layout import layout_text
+from megamoe.recipe.check import FieldError
 from megamoe.recipe.load import recipe_names
 
 FIVE = "tp2xpp2xcp2xep2xdp2"
@@ -123,3 +125,12 @@ def test_the_small_model_keeps_the_structure_of_its_recipe(name):
     assert small.experts.expert_bias == whole.experts.expert_bias
     moe = {small.is_local(layer) for layer in range(small.num_dense_layers, small.num_layers)}
     assert moe == {letter == "L" for letter in whole.window_pattern}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_positions_are_interpolated_unless_the_recipe_refuses_that(name):
+    recipe = small_recipe(name)
+    (stage,) = recipe.stages
+    if stage.rope_interpolation == 1:
+        with pytest.raises(FieldError, match="rope_interpolation"):
+            replace(recipe, stages=(replace(stage, rope_interpolation=2.0),))
