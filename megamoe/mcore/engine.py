@@ -113,6 +113,7 @@ class Engine:
             cp_bytes=groups.take_context_bytes(),
         )
 
+    @torch.no_grad()  # also tells Megatron-core's routers that expert biases do not follow these tokens
     def evaluate(self) -> list[EvalResult]:
         """Return the loss on held-out text, source by source."""
         results = []
