@@ -113,15 +113,19 @@ class Engine:
             cp_bytes=groups.take_context_bytes(),
         )
 
+    @torch.no_grad()  # also tells Megatron-core's routers that expert biases do not follow these tokens
     def evaluate(self) -> list[EvalResult]:
         """Return the loss on held-out text, source by source."""
         results = []
-        micro_batch, dp = self.segment.layout.micro_batch, self.segment.dp
+        layout = self.segment.layout
+        # Megatron-Core 0.16.1 pipeline_parallel/schedules.py:995 and :1007 (0.19.2 :1134): an interleaved
+        # pipeline takes whole rounds of pp micro-batches; those beyond the text count no token.
+        rounds = layout.pp if layout.vpp > 1 else 1
         for chunk in self.chunks:
             chunk.eval()
         for source, text in self.heldout:
-            count = -(-text.num_windows // (micro_batch * dp))
-            batches = [text.micro_batches(count, micro_batch) for _ in self.chunks]
+            count = rounds * -(-text.num_windows // (layout.micro_batch * self.segment.dp * rounds))
+            batches = [text.micro_batches(count, layout.micro_batch) for _ in self.chunks]
             losses = self._run_schedule(batches, count, forward_only=True)
             measures = measure(self.plan.model, self.chunks, losses)
             results.append(

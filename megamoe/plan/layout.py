@@ -106,6 +106,7 @@ def _check_model(place: str, model: Model, stage: Stage) -> None:
         ("dense_ffn_dim", model.dense_ffn_dim or 0, "tp", tp),
         ("experts.num_shared x ffn_dim", shared, "tp", tp),
         ("experts.ffn_dim", model.experts.ffn_dim, "etp", etp),
+        ("experts.num_routed", model.experts.num_routed, "ep", stage.layout.ep),
     ):
         if size % ways:
             raise PlanError(f"{place}: model.{name} {size:,} is not a multiple of {axis} {ways}")
@@ -148,12 +149,17 @@ def _check_sequence(place: str, stage: Stage) -> None:
 
 
 def _check_pipeline(place: str, model: Model, stage: Stage) -> None:
-    pp, vpp = stage.layout.pp, stage.layout.vpp
-    if stage.layout.chunks(model) is None:
+    pp, vpp, num_layers = stage.layout.pp, stage.layout.vpp, model.num_layers
+    if stage.layout.chunks(model) is not None:
+        return
+    if pp * vpp > num_layers:
         raise PlanError(
-            f"{place}: num_layers {model.num_layers} is not a multiple of pp {pp} x vpp {vpp} = "
-            f"{pp * vpp}, and leaves the last chunk none unless layout.pipeline is written"
+            f"{place}: pp {pp} x vpp {vpp} = {pp * vpp} exceeds model.num_layers {num_layers}"
         )
+    raise PlanError(
+        f"{place}: num_layers {num_layers} is not a multiple of pp {pp} x vpp {vpp} = "
+        f"{pp * vpp}, and leaves the last chunk none unless layout.pipeline is written"
+    )
 
 
 def _check_batches(place: str, stage: Stage, cluster: Cluster) -> None:

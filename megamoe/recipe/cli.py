@@ -3,7 +3,13 @@
 import argparse
 import sys
 
-from megamoe.recipe.load import LoadedRecipe, load_recipe, override_recipe, recipe_names
+from megamoe.recipe.load import (
+    LoadedRecipe,
+    check_recipe,
+    load_recipe,
+    override_recipe,
+    recipe_names,
+)
 from megamoe.recipe.scale import scale_tiny
 from megamoe.recipe.show import as_json, as_table, summary
 
@@ -91,7 +97,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     for name in args.recipes:
-        sys.stdout.write(f"OK {summary(load_recipe(name))}\n")
+        sys.stdout.write(f"OK {summary(check_recipe(name))}\n")
     return 0
 
 

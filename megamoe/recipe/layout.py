@@ -42,6 +42,28 @@ class Layout(Checked):
         if self.pipeline != EVEN:
             written_chunks(self.pipeline, self.pp * self.vpp)
 
+    def check_model(self, model: Model) -> None:
+        """Check that a model has experts and layers for all ranks, whatever the cluster.
+
+        Raises:
+            FieldError: it has not; says which sizes would do.
+        """
+        num_routed = model.experts.num_routed
+        if num_routed % self.ep:
+            sizes = [size for size in range(1, num_routed + 1) if num_routed % size == 0]
+            nearest = [size for size in sizes if size < self.ep][-1:]
+            nearest += [size for size in sizes if size > self.ep][:1]
+            would_do = " or ".join(str(size) for size in nearest)
+            raise FieldError(
+                "ep", f"{self.ep} does not divide num_routed {num_routed}; give {would_do}"
+            )
+        if self.pipeline == EVEN and self.pp * self.vpp > model.num_layers:
+            raise FieldError(
+                "pp",
+                f"{self.pp} x vpp {self.vpp} exceeds num_layers {model.num_layers}; "
+                "give at most that",
+            )
+
     def chunks(self, model: Model) -> tuple[str, ...] | None:
         """Return what each model chunk holds, a letter a layer; None: layers cannot be dealt evenly.
 

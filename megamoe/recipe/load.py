@@ -7,17 +7,17 @@ comments become the origins of its values (`origin`). Each error is one line:
 
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe.errors import RecipeError
-from megamoe.recipe.check import nearest
+from megamoe.recipe.check import FieldError, nearest
 from megamoe.recipe.evaluate import evaluate_file
 from megamoe.recipe.origin import Origin, known_paths, origins_of
 from megamoe.recipe.override import override_values
 from megamoe.recipe.recipe import Recipe
-from megamoe.recipe.tree import Many, Node, Part, PlacedError, build, path_of
+from megamoe.recipe.tree import Many, Node, Part, PlacedError, build, line_of, path_of
 
 RECIPES = "model_configs"
 MAX_FILE_BYTES = 4_000_000
@@ -50,14 +50,16 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> LoadedRecip
     Raises:
         RecipeError: the recipe is missing or wrong, in one line.
     """
-    path = find_recipe(name_or_file)
-    file = _shown_path(path)
-    source = _read(path, file)
-    try:
-        loaded = _loaded(source, file)
-    except PlacedError as error:
-        raise RecipeError(f"{file}:{max(error.line, 1)}: {error}") from error
-    return override_recipe(loaded, overrides)
+    return override_recipe(_from_file(name_or_file, _loaded), overrides)
+
+
+def check_recipe(name_or_file: str) -> LoadedRecipe:
+    """Return a recipe as `load_recipe` does, having checked what a plan would refuse on any cluster.
+
+    Raises:
+        RecipeError: the recipe is missing or wrong, in one line.
+    """
+    return _from_file(name_or_file, _checked)
 
 
 def override_recipe(loaded: LoadedRecipe, overrides: Sequence[str]) -> LoadedRecipe:
@@ -101,6 +103,16 @@ def recipe_names() -> dict[str, Path]:
     return {path.stem: path for path in sorted(files)}
 
 
+def _from_file(name_or_file: str, load: Callable[[str, str], LoadedRecipe]) -> LoadedRecipe:
+    path = find_recipe(name_or_file)
+    file = _shown_path(path)
+    source = _read(path, file)
+    try:
+        return load(source, file)
+    except PlacedError as error:
+        raise RecipeError(f"{file}:{max(error.line, 1)}: {error}") from error
+
+
 def _shown_path(path: Path) -> str:
     here = Path.cwd()
     shown = path.relative_to(here) if path.is_relative_to(here) else path
@@ -136,6 +148,16 @@ def _loaded(source: str, file: str) -> LoadedRecipe:
         build(node, path_of(node, name))
     _check_assumed(recipe, root)
     return LoadedRecipe(recipe=recipe, origins=origins_of(root, source, recipe.assumed), file=file)
+
+
+def _checked(source: str, file: str) -> LoadedRecipe:
+    loaded = _loaded(source, file)
+    try:
+        loaded.recipe.check_layouts()
+    except FieldError as error:
+        line = line_of(_root(evaluate_file(source)), error.field)
+        raise PlacedError(line, error.field, error.problem) from error
+    return loaded
 
 
 def _root(names: dict[str, Node]) -> Part:

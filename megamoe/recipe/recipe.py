@@ -6,7 +6,6 @@ from typing import Literal
 from megamoe.recipe.check import Checked, FieldError, PositiveFloat, PositiveInt
 from megamoe.recipe.model import Model
 from megamoe.recipe.optim import AdamW, Muon
-from megamoe.recipe.pipeline import EVEN
 from megamoe.recipe.stage import Stage
 
 
@@ -63,6 +62,20 @@ class Recipe(Checked):
         for stage in self.stages:
             self._check_stage(stage)
 
+    def check_layouts(self) -> None:
+        """Check that the model has what layouts share out, where no cluster is known.
+
+        A plan checks it for itself: it can name the nearest layout that its cluster has room for.
+
+        Raises:
+            FieldError: experts or layers do not go round.
+        """
+        for stage in self.stages:
+            try:
+                stage.layout.check_model(self.model)
+            except FieldError as error:
+                raise FieldError(f"{stage.name}.layout.{error.field}", error.problem) from error
+
     def _check_interpolation(self, stage: Stage) -> None:
         if stage.rope_interpolation == 1:
             return
@@ -75,15 +88,8 @@ class Recipe(Checked):
             )
 
     def _check_pipeline(self, stage: Stage) -> None:
-        layout = stage.layout
-        if layout.pipeline == EVEN and layout.pp * layout.vpp > self.model.num_layers:
-            raise FieldError(
-                f"{stage.name}.layout.pp",
-                f"{layout.pp} x vpp {layout.vpp} exceeds num_layers {self.model.num_layers}; "
-                "give at most that",
-            )
         try:
-            layout.chunks(self.model)
+            stage.layout.chunks(self.model)
         except FieldError as error:
             raise FieldError(f"{stage.name}.layout.{error.field}", error.problem) from error
 
@@ -113,8 +119,3 @@ class Recipe(Checked):
             )
         self._check_interpolation(stage)
         self._check_pipeline(stage)
-        if self.model.experts.num_routed % stage.layout.ep:
-            raise FieldError(
-                f"{stage.name}.layout.ep",
-                f"{stage.layout.ep} does not divide num_routed {self.model.experts.num_routed}",
-            )

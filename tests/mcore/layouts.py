@@ -1,8 +1,9 @@
 """Trains the same small model under many layouts, for the tests to compare.
 
 Run as a program with a folder, and MODEL/LAYOUT where not all are wanted: Megatron-core is imported
-once, and each rank of each layout is a fork of this process. Leaves in FOLDER/<model>/<layout> the checkpoint after two steps, and
-`result.json` with what the steps measured, or `error.txt`.
+once, and each rank of each layout is a fork of this process. Leaves in FOLDER/<model>/<layout> the checkpoint after two steps,
+`evaluation.json` with the loss on held-out text before them and `result.json` with what they measured,
+or `error.txt`.
 """
 
 import gc
@@ -119,9 +120,11 @@ def _train(plan: Plan, run_dir: Path, rank: int) -> None:
     )
     groups.form(plan, plan.segments[0])
     engine = Engine(plan, plan.segments[0], run_dir)
+    evaluation = [asdict(result) for result in engine.evaluate()]
     results = [asdict(engine.train_step()) for _ in range(NUM_STEPS)]
     engine.save(wait=True)
     if rank == 0:
+        (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
         (run_dir / "result.json").write_text(json.dumps(results))
     groups.stop()
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,12 +76,14 @@ def states(folder, tmp_path_factory):
     return load
 
 
-def results_of(folder: Path, model: str, layout: str) -> list[dict]:
-    """Return what each step of a layout measured."""
+def results_of(
+    folder: Path, model: str, layout: str, name: str = "result.json"
+) -> list[dict[str, Any]]:
+    """Return what each step of a layout measured, or with evaluation.json the held-out text before."""
     run_dir = run_dir_of(folder, model, layout)
     if (run_dir / "error.txt").exists():
         pytest.fail((run_dir / "error.txt").read_text())
-    return json.loads((run_dir / "result.json").read_text())
+    return json.loads((run_dir / name).read_text())
 
 
 def relative(actual: float, expected: float) -> float:
@@ -109,6 +112,14 @@ def test_losses_and_gradient_norms_are_those_of_one_process(folder, model, layou
             assert relative(value, wanted) <= loss, name
         for exact in ("expert_load", "loss_tokens", "tokens_seen", "lr", "sequences"):
             assert actual[exact] == expected[exact]
+
+
+@pytest.mark.parametrize(("model", "layout"), OTHERS)
+def test_heldout_text_costs_what_it_costs_on_one_process(folder, model, layout):
+    """13 windows in micro-batches of 2 are 7: no whole rounds of an interleaved pipeline of 2."""
+    [ours], [one] = (results_of(folder, model, each, "evaluation.json") for each in (layout, ONE))
+    assert ours["tokens"] == one["tokens"] == plan_of(folder, model, ONE).eval_tokens
+    assert relative(ours["loss"], one["loss"]) <= LOSS
 
 
 @pytest.mark.parametrize(("model", "layout"), OTHERS)

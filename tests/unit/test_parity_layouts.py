@@ -77,7 +77,11 @@ def test_a_wrong_word_is_refused(text, message):
     ("name", "message"),
     [
         ("tp8", "layout tp8: vaetki_7b_a1b/general: model.attention.num_heads 4 is not a multiple"),
-        ("ep3", "layout ep3: general.layout.ep: 3 does not divide num_routed 16"),
+        (
+            "ep3",
+            "layout ep3: vaetki_7b_a1b/general: model.experts.num_routed 16 is not a multiple of ep 3; "
+            "nearest possible layout on world size 2: dp2 ep2",
+        ),
         ("dp16", "layout dp16: vaetki_7b_a1b/general: batch_ramp entry (0, 8): 8 sequences are"),
         (
             "pp2xEtt|ttmL",

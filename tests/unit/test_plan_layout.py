@@ -68,6 +68,11 @@ def test_other_world_sizes_are_whole_nodes():
     ("layout", "message"),
     [
         (replace(ONES, tp=8), "model.attention.num_heads 4 is not a multiple of tp 8"),
+        (replace(ONES, ep=3), "model.experts.num_routed 8 is not a multiple of ep 3; nearest "),
+        (
+            replace(ONES, pp=3, vpp=2),
+            "pp 3 x vpp 2 = 6 exceeds model.num_layers 4; nearest possible",
+        ),
         (replace(ONES, etp=64), "model.experts.ffn_dim 32 is not a multiple of etp 64"),
         (replace(ONES, pp=3), "num_layers 4 is not a multiple of pp 3 x vpp 1 = 3, and leaves"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamoe.errors import MegamoeError, PlanError
+from megamoe.errors import PlanError
 from megamoe.plan.cli import local_cluster
 from megamoe.plan.layout import settle_dp
 from megamoe.recipe import Fp32, Layout
@@ -23,12 +23,12 @@ EXPERTS = replace(RECIPES["ax_k1_519b_a33b"].model.experts, ffn_dim=2_304)  # wh
 LAYOUTS = st.builds(
     Layout,
     tp=st.sampled_from([1, 1, 2, 3, 4, 8]),
-    pp=st.sampled_from([1, 1, 2, 4, 5, 8, 16]),
+    pp=st.sampled_from([1, 1, 2, 4, 5, 8, 16, 64]),
     vpp=st.just(1),
     pipeline=st.just(EVEN),
     cp=st.sampled_from([1, 1, 2, 3, 4, 6]),
     cp_scheme=st.sampled_from(["auto", "heads"]),
-    ep=st.sampled_from([1, 2, 4, 8, 16]),
+    ep=st.sampled_from([1, 2, 3, 4, 7, 8, 16, 512]),
     etp=st.sampled_from([1, 1, 2, 3]),
     dispatcher=st.sampled_from(["all_to_all", "deepep"]),
     micro_batch=st.sampled_from([1, 2, 3]),
@@ -79,31 +79,29 @@ def layout_of(text, before):
 @given(
     layout=LAYOUTS,
     pipeline=st.sampled_from(["even", "interleaved", "written"]),
+    vpp=st.sampled_from([2, 2, 3, 32]),
     world_size=st.sampled_from([1, 6, 8, 24, 64, 256, 1024, 1536]),
     stage=st.integers(0, 4),
 )
-def test_every_remedy_passes_every_check(name, layout, pipeline, world_size, stage):
+def test_every_remedy_passes_every_check(name, layout, pipeline, vpp, world_size, stage):
     recipe = RECIPES[name]
     stage = recipe.stages[stage % len(recipe.stages)]
     if pipeline == "interleaved" and layout.pp > 1:
-        layout = replace(layout, vpp=2)
-    if pipeline == "written" and layout.pp > 1:
+        layout = replace(layout, vpp=vpp)
+    if pipeline == "written" and 1 < layout.pp <= recipe.model.num_layers:
         layout = replace(layout, pipeline=written(recipe.model, layout.pp))
     stage = replace(stage, layout=layout)
+    replace(recipe, stages=(stage,), assumed=())  # is left to the plan, which knows the cluster
     try:
-        replace(recipe, stages=(stage,), assumed=())
         settle_dp(recipe, stage, gpus(world_size))
     except PlanError as error:
         text = str(error)
-    except MegamoeError:
-        return  # what no cluster changes: a recipe of its own could not say so
     else:
         return
     assert "; " in text
     if "nearest possible" in text:
         near, dp, elsewhere = layout_of(text, layout)
         assert settle_dp(recipe, replace(stage, layout=near), gpus(elsewhere or world_size)) == dp
-        assert recipe.model.experts.num_routed % near.ep == 0
     for size in sizes(text, "world size"):
         assert settle_dp(recipe, stage, gpus(size))
     for size in sizes(text, "seq_len"):
@@ -125,6 +123,9 @@ def stage_of(name, **axes):
         ({"tp": 4, "pp": 4}, 24, "dp2 tp4 pp3"),  # 24 layers: 3 is nearer to 4 than 2 is
         ({"tp": 3, "pp": 4, "ep": 8}, 96, "dp8 tp4 pp3 ep8"),  # dp 12 would share no batch
         ({"pp": 4, "ep": 16}, 32, "dp16 pp2 ep16"),
+        ({"ep": 7}, 8, "dp8 ep8"),
+        ({"pp": 32}, 32, "dp4 pp8"),
+        ({"pp": 4, "vpp": 8}, 32, "dp8 pp4 vpp6"),
         ({"pp": 2, "cp": 3}, 64, "dp8 pp2 cp4"),  # from 3 to 4 is less than from 3 to 2
     ],
 )

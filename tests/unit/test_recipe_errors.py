@@ -215,9 +215,10 @@ def code() -> list[Mutation]:
 
 # (recipe, old text, new text, words of the error); the first occurrence is changed
 CONTRADICTIONS = (
-    ("vaetki_7b_a1b", "pp=4", "pp=25", ("general.layout.pp: ", "num_layers 24")),
-    ("vaetki_7b_a1b", "vpp=1", "vpp=8", ("general.layout.pp: ", "num_layers 24")),
-    ("vaetki_7b_a1b", "ep=8", "ep=7", ("general.layout.ep: ", "num_routed 64")),
+    ("vaetki_7b_a1b", "pp=4", "pp=25", ("general.layout.pp: ", "num_layers 24; give at most")),
+    ("vaetki_7b_a1b", "vpp=1", "vpp=8", ("general.layout.pp: ", "num_layers 24; give at most")),
+    ("vaetki_7b_a1b", "ep=8", "ep=7", ("general.layout.ep: ", "num_routed 64; give 4 or 8")),
+    ("vaetki_7b_a1b", "ep=8", "ep=1_000", ("general.layout.ep: ", "num_routed 64; give 64")),
     ("keural_14b", "vpp=1", "vpp=2", ("stage_1.layout.vpp: ", "pp above 1")),
     ("vaetki_7b_a1b", "top_k=5", "top_k=65", ("model.experts.top_k: ", "num_routed 64")),
     ("vaetki_7b_a1b", "num_groups=1", "num_groups=5", ("model.experts.num_groups: ",)),
@@ -387,6 +388,16 @@ def test_an_error_names_the_line_of_the_value(tmp_path: Path, capsys: pytest.Cap
     path.write_text(source.replace("fim_rate=0.6", "fim_rate=6.0"), encoding="utf-8")
     line = next(i for i, text in enumerate(source.splitlines(), 1) if "fim_rate=0.6" in text)
     assert f"{path}:{line}: reasoning.fim_rate: 6.0 " in check_one_line(capsys, path)
+
+
+def test_an_error_of_a_layout_names_its_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = SOURCES["vaetki_7b_a1b"]
+    path = tmp_path / "line.py"
+    path.write_text(source.replace("ep=8", "ep=7"), encoding="utf-8")
+    line = next(i for i, text in enumerate(source.splitlines(), 1) if "ep=8" in text)
+    assert f"{path}:{line}: general.layout.ep: 7 does not " in check_one_line(capsys, path)
 
 
 def test_a_value_that_the_recipe_does_not_use_is_checked_too(

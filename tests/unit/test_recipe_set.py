@@ -125,7 +125,7 @@ def test_arithmetic_and_tuples_are_read():
         ("general.precision=Bf16", "give Bf16(...)"),
         ("general.precision=5", "Bf16 or Fp32 or Fp8Delayed or Fp8Block"),
         ("general.layout=Layout(tp=1)", ": Layout lacks pp, vpp"),
-        ("general.layout.ep=7", "general.layout.ep=7: 7 does not divide num_routed 64"),
+        ("general.layout.pipeline='E|t|t|L'", "'E|t|t|L' has 2 t, and model.num_layers is 24; write 24 t"),
         ("general.mtp_loss=0.1", "contradicts model.mtp None"),
         ("*.tokens=5", "--set *.tokens=5: general.lr: "),
         ("general=5", "field by field"),
@@ -157,8 +157,8 @@ def test_a_wrong_override_is_told_in_one_line(override: str, words: str):
 
 
 def test_the_override_at_fault_is_named_among_several():
-    told = message("reasoning.lr.peak=3e-4", "general.layout.ep=7", "model.init_std=0.01")
-    assert told.startswith("--set general.layout.ep=7: ")
+    told = message("reasoning.lr.peak=3e-4", "general.layout.vpp=0", "model.init_std=0.01")
+    assert told.startswith("--set general.layout.vpp=0: ")
 
 
 def test_the_peak_of_a_constant_rate_is_set_alone_and_that_of_a_decay_stays_above_its_end():
