@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     grids = (one_process(MICRO_BATCH), *parse_layouts(args.layouts, MICRO_BATCH))
     recipes = [small_recipe(name, document_mask=args.document_mask) for name in args.recipes]
     planned = [[(grid, plan_of(recipe, grid, args.seed)) for grid in grids] for recipe in recipes]
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise PlanError(f"--json: {args.json}: there is no such folder; make it first")
+    if args.json is not None:
+        _check_writable(args.json)
     bound = BOUNDS[args.dtype] if args.bound is None else args.bound
     if args.dtype == "float64":
         from megamoe.mcore import double
@@ -104,6 +104,19 @@ def table(rows: Sequence[Row]) -> str:
         lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
     lines += _notes(rows)
     return "\n".join(lines) + "\n\n"
+
+
+def _check_writable(file: Path) -> None:
+    """Refuse a file that could not be written once everything has trained."""
+    if not file.absolute().parent.is_dir():
+        raise PlanError(f"--json: {file}: there is no such folder; make it first")
+    try:
+        is_new = not file.exists()
+        file.open("a").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise PlanError(f"--json: {file}: {error.strerror}; give a file to write") from error
 
 
 def _compare(

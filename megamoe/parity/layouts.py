@@ -39,7 +39,7 @@ def parse_layouts(text: str, micro_batch: int) -> tuple[Grid, ...]:
     the dense layers and the experts; so 'ep4' takes four processes.
 
     Raises:
-        PlanError: a word is no axis with a size, or is there twice.
+        PlanError: a word is no axis with a size, contradicts another, or has no effect.
         FieldError: the axes contradict each other.
     """
     names = [name.strip() for name in text.split(",")]
@@ -56,24 +56,44 @@ def one_process(micro_batch: int) -> Grid:
 def _parse(name: str, micro_batch: int) -> Grid:
     given: dict[str, Any] = {}
     for word in name.split("x"):
-        if word in _WORDS:
-            given[_WORDS[word]] = word
-            continue
-        if word.startswith("E"):
-            given["pipeline"] = word
-            continue
-        match = _WORD.fullmatch(word)
-        if match is None or match[1] not in _AXES:
-            axis = match[1] if match else word
-            raise PlanError(
-                f"--layouts: {word!r} in {name!r} is no axis with a size, such as tp2"
-                + nearest(axis, [*_AXES, *_WORDS])
-            )
-        if match[1] in given:
-            raise PlanError(f"--layouts: {name!r} has {match[1]} twice; give it once")
-        given[match[1]] = int(match[2])
+        field, value = _read(word, name)
+        if field in given:
+            words = "" if field in _AXES else f", {given[field]} and {value}"
+            raise PlanError(f"--layouts: {name!r} has {field} twice{words}; give it once")
+        given[field] = value
     dp = given.pop("dp", None)
     layout = replace(one_rank(micro_batch), **given)
+    _check_used(name, given, layout)
     dense = layout.tp * layout.pp * layout.cp
     least = math.lcm(dense, layout.etp * layout.ep * layout.pp) // dense
     return Grid(name=name, layout=layout, world_size=dense * (dp or least))
+
+
+def _read(word: str, name: str) -> tuple[str, Any]:
+    """Return the field of a layout that a word gives, and its value."""
+    if word in _WORDS:
+        return _WORDS[word], word
+    if word.startswith("E"):
+        return "pipeline", word
+    match = _WORD.fullmatch(word)
+    if match is None or match[1] not in _AXES:
+        axis = match[1] if match else word
+        raise PlanError(
+            f"--layouts: {word!r} in {name!r} is no axis with a size, such as tp2"
+            + nearest(axis, [*_AXES, *_WORDS])
+        )
+    return match[1], int(match[2])
+
+
+def _check_used(name: str, given: dict[str, Any], layout: Layout) -> None:
+    """Refuse a word without effect: the layout would be another than its name says."""
+    for field, axis, size in (
+        ("cp_scheme", "cp", layout.cp),
+        ("dispatcher", "ep", layout.ep * layout.etp),
+    ):
+        if field in given and size == 1:
+            word = given[field]
+            raise PlanError(
+                f"--layouts: {word!r} in {name!r} has no effect without {axis}; "
+                f"add {axis}2, or leave {word} out"
+            )

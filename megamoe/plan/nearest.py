@@ -45,7 +45,11 @@ def remedies(asked: Asked) -> str:
 
 
 def nearest_layout(asked: Asked) -> Layout | None:
-    """Return the layout for the same world that changes the fewest axes, and those the least."""
+    """Return the layout for the same world that changes the fewest axes, and those the least.
+
+    It is the nearest of those looked at: a few sizes of each axis, and of each number of changes the
+    smallest `_MOST_TRIED`. None: none of them fits.
+    """
     layout = asked.stage.layout
     for changes in _changes(asked):
         changes.sort(key=lambda change: _distance(layout, change))

@@ -34,3 +34,16 @@ def test_a_folder_for_the_numbers_must_be_there_before_anything_starts(tmp_path,
     assert capsys.readouterr().err == (
         f"megamoe: error: --json: {file}: there is no such folder; make it first\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("folder", "Is a directory"), ("x" * 300, "File name too long")]
+)
+def test_a_result_that_could_not_be_written_is_refused_first(tmp_path, capsys, name, problem):
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / name
+    assert command.main(["parity", "keural_14b", "--json", str(file)]) == 2
+    assert capsys.readouterr().err == (
+        f"megamoe: error: --json: {file}: {problem}; give a file to write\n"
+    )
+    assert [each.name for each in tmp_path.iterdir()] == ["folder"]

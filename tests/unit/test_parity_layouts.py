@@ -63,6 +63,17 @@ def test_what_the_chunks_of_a_pipeline_hold_can_be_written():
         ("ep2xdeepep", "--layouts: 'deepep' in 'ep2xdeepep' is no axis with a size, such as tp2"),
         ("tp0", "--layouts: 'tp0' in 'tp0' is no axis with a size, such as tp2"),
         ("tp2xtp4", "--layouts: 'tp2xtp4' has tp twice; give it once"),
+        ("cp2xringxheads", "'cp2xringxheads' has cp_scheme twice, ring and heads; give it once"),
+        ("pp2xEt|tttLxEttt|tL", "has pipeline twice, Et|tttL and Ettt|tL; give it once"),
+        ("ep2xall_gatherxall_to_all", "has dispatcher twice, all_gather and all_to_all; give it"),
+        (
+            "tp2xring",
+            "--layouts: 'ring' in 'tp2xring' has no effect without cp; add cp2, or leave ring out",
+        ),
+        (
+            "tp2xall_gather",
+            "'all_gather' in 'tp2xall_gather' has no effect without ep; add ep2, or",
+        ),
         ("cp2,tp2,cp2", "--layouts: 'cp2' is there twice; give it once"),
         ("vpp2", "vpp: 2 needs pp above 1; give vpp=1 or a larger pp"),
         ("pp3xEtt|ttL", "pipeline: 'Ett|ttL' has 2 chunks, and pp x vpp is 3; put 2 | into it"),
