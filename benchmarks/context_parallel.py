@@ -9,9 +9,11 @@ Schemes, all through megamoe/nn/context_parallel.py, and each right (tests/numer
                    `all_gather` does, window or not.
     all_to_all     every layer changes heads for tokens, as DeepSpeed-Ulysses does: queries, keys,
                    values, outputs. Key-value heads fewer than ranks are sent to each that shares them.
+Of MLA all begin with a rank's own latents and the up-projection of keys and values. Without latents
+on the wire a rank expands its own, and its gradients go back through that.
 
-Bytes are counted by the module from the tensors of the collectives that ran, forward and backward,
-at the full size of the model in bfloat16, on tensors without memory and a process group without
+Bytes are counted by the module from the tensors of the collectives that ran, all layers forward and
+backward, at the full size of the model in bfloat16, on tensors without memory and a process group without
 peers; the rank is one in the middle, which has neighbours on both sides. Times are of one period of
 layers at reduced width, in float32, on gloo processes of this machine: not of a GPU or a network.
 """
@@ -38,6 +40,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.record import say
 from megamoe.commit import running_commit
+from megamoe.doctor.machine import this_machine
 from megamoe.nn.context_cost import Extent, Machine, choose, explain
 from megamoe.nn.context_group import ContextGroup, WireBytes
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads, can_share_heads
@@ -58,7 +61,8 @@ TIMED_SEQ_LEN, TIMED_WINDOW = 1_024, 64
 class Planned:
     """Layers that are alike, and how they are computed."""
 
-    layer: AttentionLayer
+    heads: LatentHeads | GroupedHeads  # of the model: what a rank has of its own tokens
+    layer: AttentionLayer  # what is sent and attended to
     scheme: Scheme
     num_layers: int
 
@@ -94,13 +98,13 @@ def plan(layers: Counter[AttentionLayer], scheme: str, extent: Extent) -> list[P
         if scheme == "latent":
             costs = choose(layer, extent, H200)
             say(f"  {count} layers, window {layer.window}: {explain(costs, costs[0].scheme)}")
-            planned.append(Planned(layer, costs[0].scheme, count))
+            planned.append(Planned(layer.heads, layer, costs[0].scheme, count))
             continue
         whole = replace(layer, heads=expanded(layer.heads))
         chosen = Scheme.GATHER if scheme == "kv_all_gather" else Scheme.HEADS
         if chosen is Scheme.HEADS and not can_share_heads(whole.heads, extent.cp):
             return None
-        planned.append(Planned(whole, chosen, count))
+        planned.append(Planned(layer.heads, whole, chosen, count))
     return planned
 
 
@@ -119,13 +123,17 @@ def expanded(heads: LatentHeads | GroupedHeads) -> GroupedHeads:
 def step(cp: ContextGroup, planned: Planned, inputs: Sequence[Tensor]) -> None:
     """Run one layer forward and backward."""
     q, one, other, *weight = inputs
+    up_weight = weight[0] if weight else None
+    if planned.heads != planned.layer.heads:
+        one, other = planned.heads.expand(planned.heads.pack(one, other), up_weight)
+        up_weight = None
     begun = begin(cp, planned.layer, planned.scheme, (one, other))
-    finish(begun, q, weight[0] if weight else None).sum().backward()  # type: ignore[no-untyped-call]
+    finish(begun, q, up_weight).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def make_inputs(planned: Planned, extent: Extent) -> list[Tensor]:
     """Return queries, what keys and values are made of, and the up-projection if there is one."""
-    heads, tokens = planned.layer.heads, (extent.shard_len, extent.batch)
+    heads, tokens = planned.heads, (extent.shard_len, extent.batch)
     shapes: list[tuple[int, ...]] = [(*tokens, heads.num_heads, heads.key_dim)]
     if isinstance(heads, LatentHeads):
         up = heads.num_heads * (heads.nope_dim + heads.value_dim)
@@ -136,16 +144,26 @@ def make_inputs(planned: Planned, extent: Extent) -> list[Tensor]:
 
 
 def count_bytes(planned: Sequence[Planned], extent: Extent) -> tuple[WireBytes, list[WireBytes]]:
-    """Return what a model receives, and one layer of each kind, counted on the collectives."""
-    total, each = WireBytes(), []
-    for part in planned:
-        with group_without_peers(extent), FakeTensorMode():
-            cp = ContextGroup(dist.group.WORLD)
-            step(cp, part, make_inputs(part, extent))
-        each.append(cp.received)
-        total.forward += part.num_layers * cp.received.forward
-        total.backward += part.num_layers * cp.received.backward
-    return total, each
+    """Run every layer of a model; return what it received, and one layer of each kind."""
+    each = []
+    with group_without_peers(extent), FakeTensorMode():
+        cp = ContextGroup(dist.group.WORLD)
+        for part in planned:
+            inputs = make_inputs(part, extent)
+            layers = [received_by(cp, part, inputs) for _ in range(part.num_layers)]
+            assert layers.count(layers[0]) == len(layers), layers
+            each.append(layers[0])
+    return cp.received, each
+
+
+def received_by(cp: ContextGroup, planned: Planned, inputs: Sequence[Tensor]) -> WireBytes:
+    """Run one layer and return what it received."""
+    before = replace(cp.received)
+    step(cp, planned, inputs)
+    return WireBytes(
+        forward=cp.received.forward - before.forward,
+        backward=cp.received.backward - before.backward,
+    )
 
 
 @contextmanager
@@ -293,7 +311,7 @@ def _plan_quietly(layers: Counter[AttentionLayer], scheme: str, extent: Extent) 
         assert planned is not None
         return planned
     return [
-        Planned(layer, Scheme.HEADS if layer.window is None else Scheme.HALO, count)
+        Planned(layer.heads, layer, Scheme.HEADS if layer.window is None else Scheme.HALO, count)
         for layer, count in layers.items()
     ]
 
@@ -342,7 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     models = args.model or MODELS
     rows = count_rows(models)
+    machine = this_machine()
     where = {
+        "machine": {"system": machine.system, "num_cpus": machine.num_cpus},
         "commit": running_commit(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
