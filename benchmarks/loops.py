@@ -28,6 +28,7 @@ with warnings.catch_warnings():
     from megamoe.mcore.optim import set_learning_rate
     from megamoe.mcore.router import BalancedRouter
 
+from megamoe.errors import CheckpointError
 from megamoe.plan.plan import Plan, Segment
 from megamoe.plan.schedule import learning_rate_at, sequences_at
 from megamoe.recipe import Model
@@ -72,6 +73,17 @@ class Loop:
             started = time.perf_counter()
             hook.after_step(result, self.engine)
             self.parts[f"hook {type(hook).__name__}"].append(time.perf_counter() - started)
+        return result
+
+    def ours_alone(self) -> StepResult:
+        """Take our step, and wait for what it saves: the bare step shares this process.
+
+        Raises:
+            CheckpointError: the checkpoint could not be written.
+        """
+        result = self.ours()
+        if error := self.engine.saver.wait():
+            raise CheckpointError(error)
         return result
 
     def bare(self) -> list[Losses]:
@@ -185,21 +197,23 @@ def run_both(first: Loop, second: Loop, *, num_steps: int) -> Steps:
 
     Who takes ours, and which goes first, changes from step to step: two models of one process are
     not equally fast, by where their memory lies, and a machine is not equally fast all the time.
+    Our steps last until what they save is written.
 
     Raises:
+        CheckpointError: a checkpoint could not be written.
         AssertionError: a step of theirs differs in a bit of its loss.
     """
     steps = Steps(ours=[], bare=[], results=[])
     for index in range(num_steps):
         one, other = (first, second) if index % 2 == 0 else (second, first)
         if index % 4 < 2:
-            own, result = timed(one.ours)
+            own, result = timed(one.ours_alone)
             bare, losses = timed(other.bare)
             other.tidy()
         else:
             bare, losses = timed(other.bare)
             other.tidy()
-            own, result = timed(one.ours)
+            own, result = timed(one.ours_alone)
         check_equal(result, losses)
         steps.ours.append(own)
         steps.bare.append(bare)
