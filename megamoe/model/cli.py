@@ -93,7 +93,7 @@ def _document(recipe: Recipe, count: ParamCount, built: ParamCount | None) -> di
         if total is None
         else {
             "total": total,
-            "unreleased": published.unreleased,
+            "unreleased": [part for part in published.unreleased if getattr(count, part)],
             "counted": released,
             "difference": released - total,
         },

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from megamoe.convert.architectures import (
 )
 from megamoe.convert.config import config_of, differences
 from megamoe.convert.entries import entries
+from megamoe.convert.from_hf import WITHOUT_BIAS, WITHOUT_PREDICTION
 from megamoe.recipe import Model, PreNorm
 from megamoe.recipe.load import load_recipe, recipe_names
 from megamoe.recipe.scale import scale_tiny
@@ -121,6 +123,26 @@ def test_a_x_k1_has_the_976_keys_and_the_size_of_its_index():
     assert sum(map(math.prod, added.values())) == (
         518_983_059_456 + last + 2 * 7_168**2 + 3 * 7_168 + tables
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "total"),
+    [
+        ("ax_k1_519b_a33b", f"{WITHOUT_PREDICTION} {WITHOUT_BIAS}", 518_983_059_456),
+        ("k_exaone_236b_a23b", WITHOUT_PREDICTION, 237_099_669_632 - 528_513_280),
+        ("k_exaone_236b_a23b", WITHOUT_BIAS, 237_099_669_632 - 47 * 128),
+    ],
+)
+def test_what_an_import_tells_to_set_gives_a_model_without_the_part(name, told, total):
+    recipe = load_recipe(name, [word for word in shlex.split(told) if word != "--set"]).recipe
+    found = tensors(RELEASED[name], recipe.model)
+    assert sum(map(math.prod, found.values())) == total
+    has_prediction, has_bias = (
+        any(re.search(pattern, name) for name in found)
+        for pattern in (r"^mtp\.|\.enorm\.", r"\.e_score_correction_bias$")
+    )
+    assert has_prediction == (WITHOUT_PREDICTION not in told)
+    assert has_bias == (WITHOUT_BIAS not in told)
 
 
 @pytest.mark.parametrize(

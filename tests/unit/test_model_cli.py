@@ -59,3 +59,12 @@ def test_of_a_scaled_model_nothing_is_published(capsys: pytest.CaptureFixture[st
     text = printed(capsys, "vaetki_7b_a1b", "--scale", "tiny")
     assert text.splitlines()[-1].endswith("  nothing of this model")
     assert json.loads(printed(capsys, "vaetki_7b_a1b", "--scale", "tiny", "--json"))["total"] > 0
+
+
+def test_a_part_that_was_taken_out_is_not_named(capsys: pytest.CaptureFixture[str]):
+    words = ["--set", "model.mtp=None", "--set", "*.mtp_loss=None"]
+    last = printed(capsys, "ax_k1_519b_a33b", *words).splitlines()[-1]
+    assert last == "published                  518,983,059,456  without expert biases; difference 0"
+    words += ["--set", "model.experts.expert_bias=False", "--set", "*.router.bias_update_rate=0.0"]
+    last = printed(capsys, "ax_k1_519b_a33b", *words).splitlines()[-1]
+    assert last == "published                  518,983,059,456  difference 0"
