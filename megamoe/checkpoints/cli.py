@@ -15,6 +15,7 @@ from typing import Any
 
 from megamoe.checkpoints.folder import all_checkpoints, latest, read_file, read_progress, verify
 from megamoe.checkpoints.manifest import MANIFEST, read_manifest
+from megamoe.checkpoints.refused import one_line
 from megamoe.checkpoints.tensors import kind_of
 from megamoe.errors import CheckpointError
 from megamoe.packages import require_packages
@@ -168,9 +169,11 @@ def run_diff(args: argparse.Namespace) -> int:
 def run_merge(args: argparse.Namespace) -> int:
     """Write the mean of checkpoints; 0 then."""
     shares = _shares(args.weights, len(args.paths))
-    checkpoint = _import("megamoe.convert.merge").merge(
-        args.paths, args.out, shares, say=lambda line: sys.stderr.write(line + "\n")
-    )
+    merge = _import("megamoe.convert.merge").merge
+    with one_line(args.out or args.paths[0]):
+        checkpoint = merge(
+            args.paths, args.out, shares, say=lambda line: sys.stderr.write(line + "\n")
+        )
     _say(str(checkpoint))
     return 0
 

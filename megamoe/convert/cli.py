@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megamoe.checkpoints.refused import one_line
 from megamoe.errors import CheckpointError
 from megamoe.packages import require_packages
 
@@ -56,18 +57,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run_to_hf(args: argparse.Namespace) -> int:
     """Write a Hugging Face folder; 0 then."""
     shard_bytes = _num_bytes(args.shard_size)
-    _import("megamoe.convert.to_hf").to_hf(
-        args.path, args.out, dtype=args.dtype, shard_bytes=shard_bytes, say=_say
-    )
+    to_hf = _import("megamoe.convert.to_hf").to_hf
+    with one_line(args.out):
+        to_hf(args.path, args.out, dtype=args.dtype, shard_bytes=shard_bytes, say=_say)
     sys.stdout.write(f"{args.out}\n")
     return 0
 
 
 def run_from_hf(args: argparse.Namespace) -> int:
     """Write the first checkpoint of a run; 0 then."""
-    checkpoint = _import("megamoe.convert.from_hf").from_hf(
-        args.folder, args.run_dir, tokens_seen=args.tokens_seen, say=_say
-    )
+    from_hf = _import("megamoe.convert.from_hf").from_hf
+    with one_line(args.run_dir):
+        checkpoint = from_hf(args.folder, args.run_dir, tokens_seen=args.tokens_seen, say=_say)
     sys.stdout.write(f"{checkpoint}\n")
     return 0
 

@@ -61,6 +61,7 @@ def differences(
         yield "quantization_config, whose weights are not read"
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     flat = {key: value for key, value in given.items() if value is not None and value != []}
+    flat.setdefault("sliding_window", None)  # null, or not there: no window
     if "rope_theta" in rope:
         flat["rope_theta"] = rope["rope_theta"]
     for key, value in wanted.items():
@@ -85,8 +86,10 @@ def _interpolation_differences(stage: Stage, rope: Mapping[str, Any]) -> Iterato
     if kind not in (None, "default", "linear"):  # null, as transformers save it: default
         yield f"rope_type {kind!r}, not 'linear' or none"
         return
-    factor = rope["factor"] if kind == "linear" else _PUBLISHED_INTERPOLATION
-    if factor != stage.interpolation:
+    factor = rope.get("factor") if kind == "linear" else _PUBLISHED_INTERPOLATION
+    if not isinstance(factor, int | float):
+        yield f"rope_type 'linear' with factor {factor}, not {stage.interpolation:g}"
+    elif factor != stage.interpolation:
         yield (
             f"rope_interpolation {factor:g}, not {stage.interpolation:g} (give --tokens-seen of a "
             f"stage that has it, or the plan --set STAGE.rope_interpolation={factor:g})"

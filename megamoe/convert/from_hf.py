@@ -32,6 +32,9 @@ from megamoe.plan.schedule import position_at_step
 from megamoe.recipe.model import Model
 
 Say = Callable[[str], None]
+# What a plan is given so that its model has no such part: the part, and what trains it.
+WITHOUT_PREDICTION = "--set model.mtp=None --set '*.mtp_loss=None'"
+WITHOUT_BIAS = "--set model.experts.expert_bias=False --set '*.router.bias_update_rate=0.0'"
 _BIAS = ".e_score_correction_bias"
 _SAY_EVERY_BYTES = 1 << 30
 
@@ -99,7 +102,7 @@ def _architecture(theirs: HfFolder, plan: Plan, segment: int) -> Architecture:
     stage = stage_of(plan.model, plan.segments, segment)
     found = list(problems(architecture, stage))
     if plan.model.mtp is not None and not architecture.has_prediction:
-        found.append("multi-token prediction (give the plan --set model.mtp=None)")
+        found.append(f"multi-token prediction (give the plan {WITHOUT_PREDICTION})")
     if found:
         raise CheckpointError(
             f"{place}: {model_type} does not express the plan's model: {found[0]}"
@@ -130,7 +133,8 @@ def _source(
             values = read(tensors.pop(name))
             audit.check_finite(place, name, values)
             left_out.append(audit.record(name, values))
-    audit.check_names(place, set(tensors), set(wanted))
+    remedy = _remedy(architecture, model, set(tensors), set(wanted))
+    audit.check_names(place, set(tensors), set(wanted), remedy)
     for name, shape in wanted.items():
         audit.check_shape(place, name, tensors[name].shape, shape)
     # One type for all; where theirs differ, the one that holds them all.
@@ -152,8 +156,20 @@ def _check_prediction(place: str, tensors: dict[str, HfTensor], found: list[Entr
     theirs = [name for entry in found if entry.ours.startswith("mtp.") for name, _ in entry.theirs]
     if theirs and not any(name in tensors for name in theirs):
         raise CheckpointError(
-            f"{place}: holds no multi-token prediction; give the plan --set model.mtp=None"
+            f"{place}: holds no multi-token prediction; give the plan {WITHOUT_PREDICTION}"
         )
+
+
+def _remedy(architecture: Architecture, model: Model, names: set[str], wanted: set[str]) -> str:
+    """Return what to do where folder and model differ by a whole part; else nothing."""
+    missing, extra = wanted - names, names - wanted
+    if missing and missing == {name for name in wanted if name.endswith(_BIAS)}:
+        return f"; give the plan {WITHOUT_BIAS}"
+    table = architecture.table
+    of_prediction = ("mtp.", table.layer.format(model.num_layers))
+    if extra and table.prediction and not model.mtp and min(extra).startswith(of_prediction):
+        return "; the plan's model needs model.mtp, and its stages mtp_loss"
+    return ""
 
 
 def _what_is_left_out(records: list[audit.Record]) -> str:

@@ -5,6 +5,7 @@ Published models merge so before their last stage or between stages (VAETKI repo
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -58,6 +59,26 @@ def merge(paths: Sequence[Path], out: Path | None, shares: Sequence[float], *, s
         say(f"{share:g} of {place.checkpoint}")
         sources.append(_Source(place, share))
     first = places[0]
+    try:
+        _write(out, places, sources)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)  # it was not there before
+        raise
+    return out / "checkpoints" / name_of(first.progress.tokens_seen)
+
+
+class _Source:
+    """A verified checkpoint and its share."""
+
+    def __init__(self, place: Place, share: float) -> None:
+        self.reader = TensorReader(place.checkpoint)
+        self.names = weight_sources(place, self.reader, exact=True)
+        self.share = share
+
+
+def _write(out: Path, places: list[Place], sources: list[_Source]) -> None:
+    """Write the mean as the first checkpoint of a run that stands where the first stands."""
+    first = places[0]
     with new_checkpoint(out, first.progress) as new:
         pairs = []
         for name, shape in our_tensors(first.plan.model).items():
@@ -71,18 +92,8 @@ def merge(paths: Sequence[Path], out: Path | None, shares: Sequence[float], *, s
                 pairs.append(audit.record(name, mean, None if count is None else expert))
         for name, shape in share_tensors(first.plan.model).items():
             new.tensors.write(name, torch.full(shape, 1 / shape[0]))  # even, as a router begins
-        new.notes[NOTE] = _note(places, shares, pairs).encode()
+        new.notes[NOTE] = _note(places, [source.share for source in sources], pairs).encode()
         write_plan(out / PLAN, first.plan)
-    return out / "checkpoints" / name_of(first.progress.tokens_seen)
-
-
-class _Source:
-    """A verified checkpoint and its share."""
-
-    def __init__(self, place: Place, share: float) -> None:
-        self.reader = TensorReader(place.checkpoint)
-        self.names = weight_sources(place, self.reader, exact=True)
-        self.share = share
 
 
 def _beside(first: Place) -> Path:

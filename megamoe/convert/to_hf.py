@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from megamoe.convert.config import config_of
 from megamoe.convert.entries import Entry, entries
 from megamoe.convert.ours import EXPERTS, our_tensors
 from megamoe.convert.remote_code import copy_code, needs_code
-from megamoe.convert.tokenizer import copy_tokenizer
+from megamoe.convert.tokenizer import copy_tokenizer, tokenizer_of
 from megamoe.convert.weights import weight_sources
 from megamoe.errors import CheckpointError
 from megamoe.mcore.stored import TensorReader
@@ -65,6 +65,7 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
         raise CheckpointError(f"{out}: exists already; give another folder, or remove it")
     place = find_checkpoint(path)
     checkpoint, plan, progress = place.checkpoint, place.plan, place.progress
+    tokenizer_of(plan.data)  # now, since what follows may take hours
     stage = stage_of(plan.model, plan.segments, progress.segment)
     architecture = architecture_for(stage, plan.recipe)
     say(f"{checkpoint} as {architecture.model_type}; compares it with its manifest")
@@ -81,6 +82,7 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
     try:
+        say(copy_tokenizer(plan.data, partial))
         pairs = _write_shards(
             partial, source, list(entries(architecture.table, kept)), (shard_bytes, say)
         )
@@ -103,7 +105,6 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
             say(copy_code(partial))
         for remark in remarks(architecture, plan.model):
             say(remark)
-        say(copy_tokenizer(plan.data, partial))
         (partial / audit.AUDIT).write_text(audit.audit_text(facts, pairs), encoding="utf-8")
         _publish(partial, out)
     except BaseException:
@@ -129,7 +130,10 @@ def _write_shards(
             tensors |= parts
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, name)
-        save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        try:
+            save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        except SafetensorError as error:  # how it says that the system refuses
+            raise OSError(f"{name} cannot be written ({error})") from error
         (folder / name).chmod(_mode())  # safetensors lets its owner alone read it
         tensors.clear()
         _check_written(folder / name, pairs[-len(shard) :])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_prep.files import expand_inputs
 from data_prep.tokenize import TOKENIZER_FOLDER
-from data_prep.tokenizer import META_NAME, Tokenizer, load_tokenizer, read_meta
+from data_prep.tokenizer import META_NAME, Tokenizer, TokenizerMeta, load_tokenizer, read_meta
 from megamoe.errors import DataError
 from megamoe.packages import require_packages
 from megamoe.plan.plan import Plan
@@ -18,21 +18,9 @@ def open_tokenizer(plan: Plan, folder: Path | None) -> Tokenizer:
     Raises:
         DataError: it is not there, or has other ids than the model.
     """
-    assert plan.data is not None, "a run has data"
-    if folder is None:
-        folder = Path(plan.data.folder) / TOKENIZER_FOLDER
-        if not (folder / META_NAME).is_file():
-            raise DataError(
-                f"{folder}: the run's tokenizer is not there; give --tokenizer DIR, a folder that "
-                "`megamoe data tokenizer train` has made"
-            )
+    folder = folder or _own_folder(plan)
     meta = read_meta(folder)
-    expected = (plan.data.vocab_size, plan.data.eod_id)
-    if (meta.vocab_size, meta.eod_id) != expected:
-        raise DataError(
-            f"{folder}: has {meta.vocab_size:,} ids and {meta.eod_id} at the end of a document, the "
-            f"run's data {expected[0]:,} and {expected[1]}; give the tokenizer of its data"
-        )
+    _check_ids(plan, folder, meta)
     package = "tokenizers" if meta.algorithm == "byte-level-bpe" else "sentencepiece"
     require_packages("data", package)
     return load_tokenizer(folder)
@@ -55,3 +43,34 @@ def shard_prefix(path: Path) -> Path | None:
     prefix = path.with_suffix("") if path.suffix in _SHARD_ENDINGS else path
     is_shard = all(prefix.with_name(prefix.name + ending).is_file() for ending in _SHARD_ENDINGS)
     return prefix if is_shard else None
+
+
+def _own_folder(plan: Plan) -> Path:
+    if plan.data is None:
+        raise DataError(
+            f"{plan.recipe}: the run's plan has no data, so no tokenizer either; give --tokenizer DIR, "
+            "a folder that `megamoe data tokenizer train` has made"
+        )
+    folder = Path(plan.data.folder) / TOKENIZER_FOLDER
+    if not (folder / META_NAME).is_file():
+        raise DataError(
+            f"{folder}: the run's tokenizer is not there; give --tokenizer DIR, a folder that "
+            "`megamoe data tokenizer train` has made"
+        )
+    return folder
+
+
+def _check_ids(plan: Plan, folder: Path, meta: TokenizerMeta) -> None:
+    if plan.data is None:
+        if meta.vocab_size > plan.model.vocab_size:
+            raise DataError(
+                f"{folder}: has {meta.vocab_size:,} ids, the model {plan.model.vocab_size:,}; "
+                "give the tokenizer that its text was made with"
+            )
+        return
+    expected = (plan.data.vocab_size, plan.data.eod_id)
+    if (meta.vocab_size, meta.eod_id) != expected:
+        raise DataError(
+            f"{folder}: has {meta.vocab_size:,} ids and {meta.eod_id} at the end of a document, the "
+            f"run's data {expected[0]:,} and {expected[1]}; give the tokenizer of its data"
+        )

@@ -174,7 +174,12 @@ class TensorWriter:
         start = self._file.tell()
         # A view would take its whole storage along.
         stream: Any = self._file
-        torch.save(chunk.clone() if _is_part(chunk) else chunk, stream)
+        try:
+            torch.save(chunk.clone() if _is_part(chunk) else chunk, stream)
+        except RuntimeError as error:
+            if self._file.error is None:
+                raise
+            raise self._file.error from error  # torch tells of positions in the file
         self._where[where] = _StorageInfo(self._name, start, self._file.tell() - start)
         if self._file.tell() >= _FILE_BYTES:
             self._end_file()

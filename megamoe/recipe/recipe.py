@@ -94,16 +94,11 @@ class Recipe(Checked):
             raise FieldError(f"{stage.name}.layout.{error.field}", error.problem) from error
 
     def _check_unreleased(self) -> None:
+        # A part that the model has not may be named: it was taken out with --set.
         parts = self.published.unreleased
-        missing = {"mtp": self.model.mtp is None, "expert_bias": not self.model.experts.expert_bias}
         for part in parts:
-            if missing[part] or parts.count(part) > 1:
-                raise FieldError(
-                    "published.unreleased",
-                    f"{part!r} is "
-                    + ("no part of the model" if missing[part] else "named twice")
-                    + "; leave it out",
-                )
+            if parts.count(part) > 1:
+                raise FieldError("published.unreleased", f"{part!r} is named twice; leave it out")
 
     def _check_stage(self, stage: Stage) -> None:
         if (stage.mtp_loss is None) != (self.model.mtp is None):

@@ -166,15 +166,13 @@ def test_an_imported_model_is_that_of_the_reference(name, tmp_path):
     """Written from the papers, in float64: VAETKI and Keural have no class in transformers."""
     plan = plan_of(tmp_path / "run", name)
     with world_of_one(plan):
-        saved(plan, tmp_path / "run")
+        before = reference_weights(saved(plan, tmp_path / "run").chunks[0])
     export(tmp_path / "run", tmp_path / "out")
     again = plan_of(tmp_path / "again", name)
     from_hf(tmp_path / "out", tmp_path / "again", tokens_seen=0, say=quiet)
     with world_of_one(again):
-        engine = Engine(again, again.segments[0], tmp_path / "again")
-        ours = all_logits(engine)
-        weights = reference_weights(engine.chunks[0])
-    outputs = Reference(plan.model, weights).run(tokens())
+        ours = all_logits(Engine(again, again.segments[0], tmp_path / "again"))
+    outputs = Reference(plan.model, before).run(tokens())
     check_all(ours, outputs)
 
 

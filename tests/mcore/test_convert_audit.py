@@ -23,6 +23,7 @@ from tests.mcore import tiny
 from tests.mcore.converted import MODELS
 
 NAME = "exaone_moe"
+ABSENT = object()
 BIAS = "model.layers.1.mlp.e_score_correction_bias"
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 
@@ -178,12 +179,17 @@ def test_a_damaged_checkpoint_is_not_converted(tmp_path):
         ),
         ("quantization_config", {}, "quantization_config, whose weights are not read"),
         ("rope_parameters", {"rope_type": "yarn"}, "rope_type 'yarn', not 'default'"),
+        ("sliding_window", 6, "sliding_window 6, not 5"),
+        ("sliding_window", None, "sliding_window None, not 5"),
+        ("sliding_window", ABSENT, "sliding_window None, not 5"),
     ],
 )
 def test_a_folder_of_another_model_is_refused(key, value, message, tmp_path):
     folder = exported(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    config = {**config, key: value}
+    given = {key: value for key, value in config.items() if value is not ABSENT}
+    (folder / "config.json").write_text(json.dumps(given))
     run = write_run(tmp_path / "again", NAME, None)
     with pytest.raises(CheckpointError, match=re.escape(message)):
         from_hf(folder, run, tokens_seen=0, say=quiet)

@@ -207,6 +207,7 @@ def test_what_an_export_leaves_out_is_in_the_audit_with_its_checksum(tmp_path, m
         (1.0, {"type": "linear", "factor": 1.0}, []),
         (1.0, None, ["rope_interpolation 8, not 1 (give --tokens-seen of a stage that has it"]),
         (8.0, {"rope_type": "linear", "factor": 4.0}, ["rope_interpolation 4, not 8 (give"]),
+        (8.0, {"rope_type": "linear"}, ["rope_type 'linear' with factor None, not 8"]),
         (8.0, {"rope_type": "yarn", "factor": 8.0}, ["rope_type 'yarn', not 'linear' or none"]),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megamoe.convert.from_hf import from_hf
+from megamoe.convert.from_hf import WITHOUT_BIAS, WITHOUT_PREDICTION, from_hf
 from megamoe.convert.ours import our_tensors
 from megamoe.convert.to_hf import to_hf
 from megamoe.errors import CheckpointError
@@ -130,16 +130,50 @@ def test_a_folder_without_prediction_is_refused_with_the_remedy(name, said, tmp_
     (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": said}))
     from_hf(folder, write_run(tmp_path / "without", name, None), tokens_seen=0, say=quiet)
     monkeypatch.setitem(MODELS, name, model)
-    message = "out: holds no multi-token prediction; give the plan --set model.mtp=None"
+    message = f"out: holds no multi-token prediction; give the plan {WITHOUT_PREDICTION}"
+    with pytest.raises(CheckpointError, match=f"{re.escape(message)}$"):
+        from_hf(folder, write_run(tmp_path / "again", name, None), tokens_seen=0, say=quiet)
+
+
+@pytest.mark.parametrize("name", [NAME, "exaone_moe"])
+def test_a_folder_without_biases_is_refused_with_the_remedy(name, tmp_path, monkeypatch):
+    model = MODELS[name]
+    plain = replace(model, experts=replace(model.experts, expert_bias=False))
+    monkeypatch.setitem(MODELS, name, plain)
+    folder = exported(tmp_path, name)
+    from_hf(folder, write_run(tmp_path / "without", name, None), tokens_seen=0, say=quiet)
+    monkeypatch.setitem(MODELS, name, model)
+    message = r"_bias is missing \(and \d more\)" + re.escape(f"; give the plan {WITHOUT_BIAS}")
+    with pytest.raises(CheckpointError, match=f"{message}$"):
+        from_hf(folder, write_run(tmp_path / "again", name, None), tokens_seen=0, say=quiet)
+
+
+def test_one_bias_that_is_missing_is_no_folder_without(tmp_path):
+    folder, name = exported(tmp_path, NAME), "model.layers.2.mlp.gate.e_score_correction_bias"
+    change(folder, **{name: None})
+    with pytest.raises(CheckpointError, match=f"{name} is missing$"):
+        from_hf(folder, write_run(tmp_path / "again", NAME, None), tokens_seen=0, say=quiet)
+
+
+@pytest.mark.parametrize(("name", "extra"), [(NAME, LAYER), ("exaone_moe", "mtp")])
+def test_a_folder_with_prediction_is_refused_by_a_plan_without(name, extra, tmp_path, monkeypatch):
+    folder = exported(tmp_path, name)
+    monkeypatch.setitem(MODELS, name, replace(MODELS[name], mtp=None))
+    message = (
+        rf"{extra}\.\S+ is not of the model \(and \d+ more\); "
+        "the plan's model needs model.mtp, and its stages mtp_loss$"
+    )
     with pytest.raises(CheckpointError, match=message):
         from_hf(folder, write_run(tmp_path / "again", name, None), tokens_seen=0, say=quiet)
 
 
-def test_a_folder_with_prediction_is_refused_by_a_plan_without(tmp_path, monkeypatch):
-    folder = exported(tmp_path, NAME)
-    monkeypatch.setitem(MODELS, NAME, replace(MODELS[NAME], mtp=None))
-    with pytest.raises(CheckpointError, match=rf"{LAYER}\.\S+ is not of the model \(and \d+ more"):
-        from_hf(folder, write_run(tmp_path / "again", NAME, None), tokens_seen=0, say=quiet)
+def test_prediction_of_an_architecture_without_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    folder = exported(tmp_path, "vaetki")
+    model = replace(MODELS["vaetki"], mtp=Mtp(num_layers=1, ffn="moe"))
+    monkeypatch.setitem(MODELS, "vaetki", model)
+    message = re.escape(f"multi-token prediction (give the plan {WITHOUT_PREDICTION})")
+    with pytest.raises(CheckpointError, match=f"{message}$"):
+        from_hf(folder, write_run(tmp_path / "again", "vaetki", None), tokens_seen=0, say=quiet)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from megamoe.convert.architectures import (
 )
 from megamoe.convert.config import config_of, differences
 from megamoe.convert.entries import entries
+from megamoe.convert.from_hf import WITHOUT_BIAS, WITHOUT_PREDICTION
 from megamoe.recipe import Model, PreNorm
 from megamoe.recipe.load import load_recipe, recipe_names
 from megamoe.recipe.scale import scale_tiny
@@ -58,6 +60,62 @@ K_EXAONE = {
         )
     ),
 }
+# What the authors' own converter and vLLM plugin name; `post_attention_layernorm` norms the
+# attention's output. By our names, since a set would not show two of one shape that are exchanged.
+VAETKI = {
+    "embedding.word_embeddings": ("model.embed_tokens",),
+    "decoder.final_layernorm": ("model.norm",),
+    "output_layer": ("lm_head",),
+    **{
+        f"decoder.layers.{{}}.{ours}": tuple(f"model.layers.{{}}.{name}" for name in theirs)
+        for ours, theirs in {
+            "input_layernorm": ("input_layernorm",),
+            "self_attention.linear_q_down_proj": ("self_attn.q_a_proj",),
+            "self_attention.q_layernorm": ("self_attn.q_a_layernorm",),
+            "self_attention.linear_q_up_proj": ("self_attn.q_b_proj",),
+            "self_attention.linear_kv_down_proj": ("self_attn.kv_a_proj_with_mqa",),
+            "self_attention.kv_layernorm": ("self_attn.kv_a_layernorm",),
+            "self_attention.linear_kv_up_proj": ("self_attn.kv_b_proj",),
+            "self_attention.linear_proj": ("self_attn.o_proj",),
+            "self_attn_bda.norm": ("post_attention_layernorm",),
+            "pre_mlp_layernorm": ("pre_mlp_layernorm",),
+            "mlp_bda.norm": ("post_mlp_layernorm",),
+            "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+            "mlp.linear_fc2": ("mlp.down_proj",),
+            "mlp.router": ("mlp.gate",),
+            "mlp.experts.experts.linear_fc1": (
+                "mlp.experts.{}.gate_proj",
+                "mlp.experts.{}.up_proj",
+            ),
+            "mlp.experts.experts.linear_fc2": ("mlp.experts.{}.down_proj",),
+            "mlp.shared_experts.linear_fc1": (
+                "mlp.shared_experts.gate_proj",
+                "mlp.shared_experts.up_proj",
+            ),
+            "mlp.shared_experts.linear_fc2": ("mlp.shared_experts.down_proj",),
+        }.items()
+    },
+}
+# Of the authors' training code; those of their Hub folder are not known.
+KEURAL = {
+    "embedding.word_embeddings": ("embed_tokens",),
+    "decoder.final_layernorm": ("norm",),
+    **{
+        f"decoder.layers.{{}}.{ours}": tuple(f"layers.{{}}.{name}" for name in theirs)
+        for ours, theirs in {
+            "input_layernorm": ("attn_norm",),
+            "self_attention.linear_qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            "self_attention.linear_proj": ("attn.o_proj",),
+            "pre_mlp_layernorm": ("moe_norm",),
+            "mlp.router": ("moe.gate",),
+            "mlp.experts.experts.linear_fc1": (
+                "moe.experts.{}.gate_proj",
+                "moe.experts.{}.up_proj",
+            ),
+            "mlp.experts.experts.linear_fc2": ("moe.experts.{}.down_proj",),
+        }.items()
+    },
+}
 
 
 def tensors(model_type: str, model: Model) -> dict[str, tuple[int, ...]]:
@@ -67,6 +125,11 @@ def tensors(model_type: str, model: Model) -> dict[str, tuple[int, ...]]:
     ]
     assert len(found) == len(dict(found)), "a name is there twice"
     return dict(found)
+
+
+def plain(name: str) -> str:
+    """Return a name without its numbers and `.weight`."""
+    return re.sub(r"\.\d+\.", ".{}.", name).removesuffix(".weight")
 
 
 @pytest.mark.parametrize("scale", ["full", "tiny"])
@@ -89,11 +152,29 @@ def test_each_stage_of_a_recipe_has_the_architecture_of_the_released_weights(nam
 def test_k_exaone_has_the_names_and_the_size_of_its_index():
     model = load_recipe("k_exaone_236b_a23b").recipe.model
     found = tensors("exaone_moe", model)
-    assert {re.sub(r"\.\d+\.", ".{}.", n).removesuffix(".weight") for n in found} == K_EXAONE
+    assert {plain(name) for name in found} == K_EXAONE
     assert sum(map(math.prod, found.values())) == 237_099_669_632
     assert found["mtp.fc.weight"] == (6144, 12_288)
     assert found["model.layers.1.mlp.e_score_correction_bias"] == (128,)
     assert "model.layers.0.mlp.gate.weight" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("keural_14b", KEURAL),
+        ("vaetki_7b_a1b", VAETKI),
+        ("vaetki_20b_a2b", VAETKI),
+        ("vaetki_100b_a10b", VAETKI),
+    ],
+)
+def test_vaetki_and_keural_have_the_names_of_their_authors(name, names):
+    model = load_recipe(name).recipe.model
+    found = {
+        (plain(entry.ours), tuple(plain(theirs) for theirs, _ in entry.theirs))
+        for entry in entries(ARCHITECTURES[RELEASED[name]].table, model)
+    }
+    assert found == set(names.items())
 
 
 def test_a_x_k1_has_the_976_keys_and_the_size_of_its_index():
@@ -121,6 +202,26 @@ def test_a_x_k1_has_the_976_keys_and_the_size_of_its_index():
     assert sum(map(math.prod, added.values())) == (
         518_983_059_456 + last + 2 * 7_168**2 + 3 * 7_168 + tables
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "total"),
+    [
+        ("ax_k1_519b_a33b", f"{WITHOUT_PREDICTION} {WITHOUT_BIAS}", 518_983_059_456),
+        ("k_exaone_236b_a23b", WITHOUT_PREDICTION, 237_099_669_632 - 528_513_280),
+        ("k_exaone_236b_a23b", WITHOUT_BIAS, 237_099_669_632 - 47 * 128),
+    ],
+)
+def test_what_an_import_tells_to_set_gives_a_model_without_the_part(name, told, total):
+    recipe = load_recipe(name, [word for word in shlex.split(told) if word != "--set"]).recipe
+    found = tensors(RELEASED[name], recipe.model)
+    assert sum(map(math.prod, found.values())) == total
+    has_prediction, has_bias = (
+        any(re.search(pattern, name) for name in found)
+        for pattern in (r"^mtp\.|\.enorm\.", r"\.e_score_correction_bias$")
+    )
+    assert has_prediction == (WITHOUT_PREDICTION not in told)
+    assert has_bias == (WITHOUT_BIAS not in told)
 
 
 @pytest.mark.parametrize(

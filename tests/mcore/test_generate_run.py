@@ -14,6 +14,8 @@ from data_prep.shards import read_document
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.tokenizer_train import train_tokenizer
 from megamoe.checkpoints import folder as files
+from megamoe.convert.from_hf import from_hf
+from megamoe.convert.to_hf import to_hf
 from megamoe.errors import CheckpointError, DataError
 from megamoe.generate.inputs import find_texts
 from megamoe.generate.perplexity import Cost, Text, cost_of, read_texts
@@ -208,3 +210,24 @@ def test_the_commands_speak_and_measure(tmp_path):
     done = megamoe("eval", "perplexity", run, shard, "--max-tokens", plan.eval_tokens)
     assert (done.returncode, said(done)) == (0, [])
     assert done.stdout.splitlines()[-1].split()[:3] == [shard, "200", f"{expected.loss:.4f}"]
+
+
+@pytest.mark.slow
+def test_a_model_that_came_in_without_data_speaks_with_a_tokenizer_that_is_given(tmp_path):
+    plan = plan_of(tmp_path, tiny.GROUPED)
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+    to_hf(tmp_path / "run", tmp_path / "out", dtype=None, shard_bytes=1 << 30, say=lambda _: None)
+    (tmp_path / "again").mkdir()
+    write_plan(tmp_path / "again" / "plan.json", replace(plan, data=None))
+    from_hf(tmp_path / "out", tmp_path / "again", tokens_seen=0, say=lambda _: None)
+    words = ("generate", tmp_path / "again", "--prompt", "a line", "--max-tokens", "3")
+    done = megamoe(*words)
+    [line] = said(done)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the run's plan has no data, so no tokenizer either; give --tokenizer DIR" in line
+    tokenizer = Path(plan.data.folder) / "tokenizer"
+    of_run = megamoe("generate", tmp_path / "run", *words[2:])
+    given = megamoe(*words, "--tokenizer", tokenizer)
+    assert of_run.stdout.startswith("a line")
+    assert (given.returncode, given.stdout) == (0, of_run.stdout)

@@ -104,6 +104,28 @@ def test_a_tokenizer_of_other_ids_is_refused(tmp_path, tokenizer_folder):
     assert plan.data.eod_id == SPECIAL_TOKENS.index("<|eod|>")
 
 
+def test_a_run_without_data_is_told_to_give_a_tokenizer(tokenizer_folder):
+    assert PLAN.data is None
+    with pytest.raises(DataError) as caught:
+        open_tokenizer(PLAN, None)
+    assert str(caught.value) == (
+        f"{PLAN.recipe}: the run's plan has no data, so no tokenizer either; give --tokenizer DIR, "
+        "a folder that `megamoe data tokenizer train` has made"
+    )
+    assert open_tokenizer(PLAN, tokenizer_folder).meta == read_meta(tokenizer_folder)
+
+
+@pytest.mark.parametrize("vocab_size", [269, 270, 271])
+def test_without_data_a_tokenizer_has_at_most_the_ids_of_the_model(vocab_size, tokenizer_folder):
+    plan = replace(PLAN, model=replace(PLAN.model, vocab_size=vocab_size))
+    if vocab_size >= 270:
+        open_tokenizer(plan, tokenizer_folder)
+        return
+    message = "tok: has 270 ids, the model 269; give the tokenizer that its text was made with"
+    with pytest.raises(DataError, match=message):
+        open_tokenizer(plan, tokenizer_folder)
+
+
 def test_a_missing_package_is_named_with_what_brings_it():
     with pytest.raises(MegamoeError, match=r"'no_such', .*give `pip install megamoe\[train\]`"):
         require_packages("train", "sys", "no_such")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megamoe.__main__ import main
-from megamoe.recipe.load import load_recipe, recipe_names
+from megamoe.recipe.load import find_recipe, load_recipe, recipe_names
 from tests.unit.test_recipe_published import TOTALS
 
 
@@ -59,3 +59,22 @@ def test_of_a_scaled_model_nothing_is_published(capsys: pytest.CaptureFixture[st
     text = printed(capsys, "vaetki_7b_a1b", "--scale", "tiny")
     assert text.splitlines()[-1].endswith("  nothing of this model")
     assert json.loads(printed(capsys, "vaetki_7b_a1b", "--scale", "tiny", "--json"))["total"] > 0
+
+
+def test_a_part_that_was_taken_out_is_not_named(capsys: pytest.CaptureFixture[str]):
+    words = ["--set", "model.mtp=None", "--set", "*.mtp_loss=None"]
+    last = printed(capsys, "ax_k1_519b_a33b", *words).splitlines()[-1]
+    assert last == "published                  518,983,059,456  without expert biases; difference 0"
+    words += ["--set", "model.experts.expert_bias=False", "--set", "*.router.bias_update_rate=0.0"]
+    last = printed(capsys, "ax_k1_519b_a33b", *words).splitlines()[-1]
+    assert last == "published                  518,983,059,456  difference 0"
+
+
+def test_another_count_than_the_published_one_is_a_failure(capsys, tmp_path):
+    text = find_recipe("vaetki_7b_a1b").read_text(encoding="utf-8")
+    file = tmp_path / "vaetki_7b_a1b.py"
+    file.write_text(text.replace("=7_250_296_320", "=7_250_296_321"), encoding="utf-8")
+    assert main(["model", "params", str(file), "--formula"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("7,250,296,321  difference -1")
+    printed(capsys, str(file), "--set", "model.init_std=0.01")
+    printed(capsys, str(file), "--scale", "tiny")
