@@ -28,7 +28,7 @@ from megamoe.recipe import (
 STAGE_1 = Stage(
     name="stage_1",
     tokens=50_000_000_000,  # card: about 50B
-    seq_len=4_096,  # card
+    seq_len=4_096,  # card; the script's sequences give 4,095 inputs, and label 0, its padding, no loss
     lr=LearningRate(
         peak=3e-4,  # script
         final=3e-5,  # script

@@ -4,6 +4,7 @@ Sources, as named on each line:
     report  VAETKI Technical Report, January 2026; its curriculum is told for the 100B model
     card    model card of VAETKI-20B-A2B
     weights parameter count of the released weights
+    plugin  vllm_plugin of wbl-ncai/VAETKI, the authors' inference code
     family  what VAETKI-7B-A1B and VAETKI-100B-A10B have in common
 
 Its config.json was not seen. Widths are those of the family's rules (heads x 128 = hidden size, half of it
@@ -61,7 +62,7 @@ GENERAL = Stage(
         bias_update_rate=0.0,  # weights: no expert bias
     ),
     mtp_loss=None,  # weights: no MTP
-    rope_interpolation=1.0,  # report 3.2: only in the long-context stage
+    rope_interpolation=1.0,  # report 3.2: only in the long-context stage; the plugin divides by 8 always, as released
     precision=Fp8Delayed(  # report 2.1: delayed scaling in the first stage
         gradient_format="e4m3",  # report 2.1: FP8 (E4M3)
         amax_history=1_024,  # not published: what Transformer Engine has by default
@@ -160,8 +161,10 @@ RECIPE = Recipe(
         "model.dense_ffn_dim",
         "model.attention.q_lora_rank",
         "model.attention.kv_lora_rank",
+        "model.norm.eps",
         "model.experts.ffn_dim",
         "model.experts.scaling_factor",
+        "model.init_std",
         "optimizer",
     ),
     published=Published(
@@ -187,7 +190,7 @@ RECIPE = Recipe(
             v_head_dim=128,  # family
         ),
         window_pattern="LLLLLG",  # report 2.1: 5 local to 1 global
-        window=512,  # family: keys, the token's own included
+        window=512,  # family: keys, the token's own included; if training masked distances above 512, it had 513
         local_rope=Rope(
             base=10_000.0,  # report 2.1
             interleaved=True,  # family
@@ -199,7 +202,7 @@ RECIPE = Recipe(
             yarn=None,  # family: rope_scaling null
         ),
         norm=PeriNorm(  # report 2.1
-            eps=1e-5,  # family
+            eps=1e-5,  # not published: of the 7B; the 100B's script sets none
             zero_centered=True,  # report 2.1
         ),
         experts=Experts(
@@ -215,7 +218,7 @@ RECIPE = Recipe(
         ),
         mtp=None,  # weights: no MTP
         tied_embeddings=False,  # weights
-        init_std=0.0134,  # family
+        init_std=0.0134,  # not published: of the 7B and the 100B
     ),
     tokenizer=Tokenizer(
         algorithm="sentencepiece-bpe",  # report 2.2

@@ -6,6 +6,7 @@ Sources, as named on each line:
     config  config.json of the released weights
     weights tensor names and shapes of the released weights
     script  Megatron training script of the VAETKI family
+    plugin  vllm_plugin of wbl-ncai/VAETKI, the authors' inference code
 """
 
 from dataclasses import replace
@@ -59,7 +60,7 @@ GENERAL = Stage(
         bias_update_rate=0.0,  # weights: no expert bias
     ),
     mtp_loss=None,  # weights: no MTP
-    rope_interpolation=1.0,  # report 3.2: only in the long-context stage
+    rope_interpolation=1.0,  # report 3.2: only in the long-context stage; the plugin divides by 8 always, as released
     precision=Fp8Delayed(  # report 2.1: delayed scaling in the first stage
         gradient_format="e4m3",  # report 2.1: FP8 (E4M3)
         amax_history=1_024,  # not published: what Transformer Engine has by default
@@ -179,7 +180,7 @@ RECIPE = Recipe(
             v_head_dim=128,  # config
         ),
         window_pattern="LLLLLG",  # report 2.1: 5 local to 1 global
-        window=512,  # config
+        window=512,  # config, plugin: keys, the token's own included; if training masked distances above 512, it had 513
         local_rope=Rope(
             base=10_000.0,  # report 2.1
             interleaved=True,  # config
@@ -191,7 +192,7 @@ RECIPE = Recipe(
             yarn=None,  # config: rope_scaling null
         ),
         norm=PeriNorm(  # report 2.1
-            eps=1e-5,  # config
+            eps=1e-5,  # config; the script of VAETKI-VL-7B has 1e-6
             zero_centered=True,  # report 2.1
         ),
         experts=Experts(
@@ -200,7 +201,7 @@ RECIPE = Recipe(
             top_k=5,  # report table 1
             ffn_dim=960,  # config
             score="sigmoid",  # report 2.1
-            scaling_factor=1.0,  # config
+            scaling_factor=1.0,  # config: of all three that were seen; the script of VAETKI-VL-7B has 2.5
             expert_bias=False,  # weights
             num_groups=1,  # report 2.1: no groups
             group_top_k=1,  # report 2.1: no groups

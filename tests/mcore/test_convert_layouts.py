@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from megamoe.checkpoints import folder as files
+from megamoe.convert.ours import EXPERTS
 from megamoe.convert.to_hf import to_hf
 from megamoe.mcore import checkpoint
 from megamoe.mcore.engine import Engine
+from megamoe.mcore.stored import ShardReader
 from megamoe.plan.json import write_plan
 from tests.mcore.layouts import ONE, plan_of, run_dir_of
 from tests.mcore.test_parity import results_of
@@ -47,6 +49,17 @@ def exported(run_dir: Path, out: Path) -> dict[str, tuple[str, str]]:
     }
 
 
+def largest_chunk_of_experts(checkpoint: Path) -> int:
+    """Return how many experts a stored part of a tensor holds at most: it is read as a whole."""
+    metadata = ShardReader(checkpoint).read_metadata()
+    return max(
+        chunk.sizes[0]
+        for name, tensor in metadata.state_dict_metadata.items()
+        if EXPERTS in name
+        for chunk in tensor.chunks
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_checkpoint_of_any_layout_becomes_the_folder_of_one_process(
@@ -64,6 +77,7 @@ def test_a_checkpoint_of_any_layout_becomes_the_folder_of_one_process(
         latest = files.latest(run_dir / "checkpoints")
         checkpoint.load(latest, engine.chunks, engine.optimizer, same_layout=False)
         engine.save(wait=True)
+    assert largest_chunk_of_experts(latest) == 1
     of_one = exported(tmp_path / "run", tmp_path / "one")
     assert exported(run_dir, tmp_path / "many") == of_one
     assert any(name.startswith("mtp.") for name in of_one) == (model == "grouped")
