@@ -30,11 +30,14 @@ def find_texts(names: list[str]) -> list[Path]:
     """Return the shards and the files of text that names, folders and patterns stand for.
 
     Raises:
-        DataError: a name stands for nothing, or for what is not read.
+        DataError: a name stands for nothing, for what is not read, or for a shard without a token.
     """
     found: list[Path] = []
     for name in names:
-        found += [Path(name)] if shard_prefix(Path(name)) else expand_inputs([name])
+        prefix = shard_prefix(Path(name))
+        if prefix and not prefix.with_name(f"{prefix.name}.bin").stat().st_size:
+            raise DataError(f"{name}: is a shard without a token; leave it out")
+        found += [Path(name)] if prefix else expand_inputs([name])
     return found
 
 

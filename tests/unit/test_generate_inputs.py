@@ -12,7 +12,7 @@ from data_prep.tokenizer_train import train_tokenizer
 from megamoe import __main__ as command
 from megamoe.checkpoints.place import find_checkpoint
 from megamoe.errors import CheckpointError, DataError, MegamoeError
-from megamoe.generate.inputs import open_tokenizer
+from megamoe.generate.inputs import find_texts, open_tokenizer
 from megamoe.packages import require_packages
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.json import digest, write_plan
@@ -161,3 +161,13 @@ def test_the_commands_are_offered_without_torch():
         "main(['eval', '--help']); assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["empty", "empty.bin", "empty.idx"])
+def test_a_shard_without_a_token_is_named(tmp_path, name):
+    (tmp_path / "empty.bin").touch()
+    (tmp_path / "empty.idx").write_bytes(b"an index")
+    with pytest.raises(DataError, match=f"{name}: is a shard without a token; leave it out"):
+        find_texts([str(tmp_path / name)])
+    (tmp_path / "empty.bin").write_bytes(b"\0\0")
+    assert find_texts([str(tmp_path / name)]) == [tmp_path / name]
