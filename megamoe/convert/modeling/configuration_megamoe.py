@@ -23,7 +23,7 @@ class DecoderConfig(PreTrainedConfig):
     attention: ClassVar[Branch]
     mlp: ClassVar[Branch]
     zero_centered: ClassVar[bool] = False  # norms multiply by 1 + weight
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     first_k_dense_replace: int = 0
     kv_lora_rank: int = 0  # 0: grouped-query attention

@@ -9,7 +9,7 @@ D hidden, N heads, M heads of keys and values, H head dim, C latent, R pairs of 
 E experts, K experts of a token, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,10 @@ from .configuration_megamoe import (
     VaetkiConfig,
     score_scale,
 )
+
+# What models return has the cache under one name only: transformers renamed it in 5.24.
+_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
+CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -297,7 +301,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
 
     base_model_prefix = "model"
     _no_split_modules: ClassVar = ["Layer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict: ClassVar = ["e_score_correction_bias"]
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_sdpa = True
@@ -334,6 +338,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         *,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -343,27 +348,29 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         """Return logits [B, S, V], and with labels [B, S] the loss; -100 is no label.
 
         `attention_mask` [B, P] is 0 where there is padding. Attention weights are not returned.
+        `cache` is what transformers call `past_key_values` since 5.24.
 
         Raises:
             ValueError: the cache has places for tokens to come.
         """
         config = self.config
-        if past_key_values is not None and past_key_values.is_compileable:
+        cache = past_key_values if cache is None else cache
+        if cache is not None and cache.is_compileable:
             raise ValueError(
-                f"{type(past_key_values).__name__} is not supported by this model; give a DynamicCache"
+                f"{type(cache).__name__} is not supported by this model; give a DynamicCache"
             )
         if use_cache is None:
             use_cache = config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
         x_BSD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            first = 0 if past_key_values is None else past_key_values.get_seq_length()
+            first = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(first, first + x_BSD.shape[1], device=x_BSD.device)[None]
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        step = Step(config.rotations(position_ids), attention_mask, past_key_values)
+        step = Step(config.rotations(position_ids), attention_mask, cache)
         x_BSD = self.model(x_BSD, step, hidden)
         logits_BSV = self.lm_head(x_BSD[:, -logits_to_keep:])  # all of them where it is 0
         loss = None
@@ -374,7 +381,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             hidden_states=None if hidden is None else (*hidden, x_BSD),
         )
 
