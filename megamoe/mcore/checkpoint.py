@@ -1,22 +1,26 @@
 """What a checkpoint holds, taken from a model and its optimizer and given back to them.
 
-Megatron-core describes each tensor by its global name, shape and place, so that another layout can
-read it. Nothing else is stored but a few settings of the optimizer: all of it is tensors.
+Megatron-core describes each weight by its global name, shape and place, so that another layout can
+read it; megamoe/mcore/states.py does so with the optimizer's state. Nothing else is stored but a few
+settings of the optimizer: all of it is tensors.
 """
 
 import io
-import pickle
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    _replace_state_dict_keys_with_sharded_keys,
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    is_main_replica,
 )
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -30,16 +34,18 @@ from megamoe.mcore import groups
 from megamoe.mcore.compat import loading_checkpoint
 from megamoe.mcore.model import unwrap
 from megamoe.mcore.optim import separate_steps
-from megamoe.mcore.shards import careful_reading
-from megamoe.mcore.stored import ShardReader, has_optimizer
+from megamoe.mcore.shards import Box, careful_reading
+from megamoe.mcore.states import read_states, state_boxes
+from megamoe.mcore.stored import ChunkReader, has_optimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """A copy, on the CPU, of what this rank writes into a checkpoint."""
 
-    tensors: dict[str, list[ShardedTensor]]
+    boxes: list[Box]
     common: bytes  # settings of the optimizer, the same on all ranks
+    validate: bool  # check that the boxes of all ranks are each tensor whole and once
 
 
 def snapshot(
@@ -53,16 +59,20 @@ def snapshot(
         validate: check that all ranks together write each tensor whole and once. What they write
             does not change while a process lives, so the first time is enough.
     """
-    state = _state(chunks, optimizer, is_loading=False)
-    sharded, common = save_preprocess(state, validate, _settings)
-    tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # noqa: FBT003 - main replicas
-    for tensor in (tensor for parts in tensors.values() for tensor in parts):
-        tensor.data = _copy(tensor.data)
+    settings = optimizer.state_dict()
+    state = _state(chunks)
+    # Before Megatron-core takes the descriptions of weights apart.
+    of_optimizer = [box for box, is_own in state_boxes(optimizer, _models(state)) if is_own]
+    weights, common = save_preprocess({**state, "optimizer": settings}, validate)
+    boxes = [
+        replace(box, data=_copy(box.data))
+        for box in [*map(_box, filter(_is_written, nested_values(weights))), *of_optimizer]
+    ]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     buffer = io.BytesIO()
     torch.save(common, buffer)
-    return Snapshot(tensors=tensors, common=buffer.getvalue())
+    return Snapshot(boxes=boxes, common=buffer.getvalue(), validate=validate)
 
 
 def load(
@@ -81,9 +91,10 @@ def load(
         CheckpointError: a file is missing or damaged, or it is no checkpoint of this model.
     """
     verify(folder)
-    # Asked for its state to load into, an optimizer makes a step: not where there is none to load.
-    is_whole = has_optimizer(_metadata(folder))
-    state = _state(chunks, optimizer if is_whole else None, is_loading=True)
+    with _reading(folder):
+        reader = ChunkReader(folder)
+    is_whole = has_optimizer(reader.tensors)
+    state = _state(chunks)
     if not (is_whole and same_layout):
         del state["random"]
     loaded = _read(folder, state)
@@ -94,6 +105,8 @@ def load(
         return
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
+    with _reading(folder):
+        read_states(reader, optimizer, _models(_state(chunks)))
     if same_layout:
         _set_random_state(loaded["random"])
 
@@ -139,40 +152,17 @@ def cause(error: BaseException) -> str:
     return f"{kind}{error}".splitlines()[0] + where
 
 
-def _settings(common: dict[Any, Any]) -> dict[Any, Any]:
-    """Return what must be the same on all ranks: all but what stands for tensors.
-
-    Megatron-Core 0.16.1 dist_checkpointing/validation.py:397 warns of ranks that have None or {} there:
-    data-parallel ones that leave writing to the first, and those of a pipeline without an expert.
-    """
-    return {
-        key: _settings(value) if isinstance(value, dict) else value
-        for key, value in common.items()
-        if key != "param_state"
-    }
-
-
 def _copy(data: Tensor) -> Tensor:
     """Return a copy on the CPU; from a GPU it is complete after the next synchronisation."""
     copied = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
     return copied.copy_(data.detach(), non_blocking=True)
 
 
-def _state(
-    chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer | None,
-    *,
-    is_loading: bool,
-) -> dict[str, Any]:
+def _state(chunks: list[DistributedDataParallel]) -> dict[str, Any]:
     metadata = groups.sharding()
     state: dict[str, Any] = {
         f"model{index}": _weights(unwrap(chunk), metadata) for index, chunk in enumerate(chunks)
     }
-    if optimizer is not None:
-        models = state if len(chunks) > 1 else state["model0"]
-        state["optimizer"] = optimizer.sharded_state_dict(
-            models, is_loading=is_loading, metadata=metadata
-        )
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     state["random"] = {
         name: ShardedTensor.from_rank_offsets(
@@ -183,6 +173,25 @@ def _state(
     return state
 
 
+def _models(state: dict[str, Any]) -> list[Any]:
+    return [part for name, part in state.items() if name.startswith("model")]
+
+
+def _is_written(tensor: Any) -> bool:
+    assert isinstance(tensor, ShardedTensor), tensor
+    return is_main_replica(tensor.replica_id)
+
+
+def _box(tensor: ShardedTensor) -> Box:
+    assert isinstance(tensor.data, Tensor), tensor.key
+    return Box(
+        name=tensor.key,
+        shape=tuple(tensor.global_shape),
+        offsets=tuple(tensor.global_offset),
+        data=tensor.data.view(*[1] * tensor.prepend_axis_num, *tensor.local_shape),
+    )
+
+
 def _weights(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
@@ -191,19 +200,21 @@ def _weights(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say of whatever goes wrong that the folder cannot be loaded."""
     try:
-        return ShardReader(folder).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        yield
+    except CheckpointError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is no Exception in torch 2.13
         raise CheckpointError(f"{folder} cannot be loaded: {cause(error)}") from error
 
 
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    try:
-        with careful_reading(), loading_checkpoint():
-            return dist_checkpointing.load(state, str(folder))
-    except (Exception, CheckpointException) as error:  # the latter is no Exception in torch 2.13
-        raise CheckpointError(f"{folder} cannot be loaded: {cause(error)}") from error
+    with _reading(folder), careful_reading(), loading_checkpoint():
+        # Checked once by the ranks that wrote it; here each would gather what all others ask for.
+        return dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
 
 
 def _set_weights(model: nn.Module, loaded: dict[str, Any]) -> None:

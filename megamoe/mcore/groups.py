@@ -98,17 +98,8 @@ def settle(plan: Plan) -> None:
 
 
 def sharding() -> dict[str, Any]:
-    """Return what Megatron-core's sharded state dicts need to know.
-
-    'fully_reshardable' is the one form of the optimizer state that any other layout can read. It is
-    gathered on the CPU of the first data-parallel rank, which writes it: the other way, on the
-    devices of all, needs memory that training has not left there.
-    """
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    """Return what Megatron-core's sharded state dicts need to know."""
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def stop() -> None:

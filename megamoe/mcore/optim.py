@@ -40,9 +40,13 @@ def build_optimizer(
         chunks,
     )
     _mend_torch_adam(built)
-    _mend_gathered_state(built)
     _mend_missing_steps(built)
     return built
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers of a chain, or the one there is: experts have one of their own."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
@@ -57,7 +61,7 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
     Megatron-Core 0.16.1 distrib_optimizer.py:825 (0.19.2: 1032) puts one tensor into the state of
     all weights; Adam then counts one step for each weight, and its bias correction is lost.
     """
-    for inner in (part.optimizer for part in _parts(optimizer)):
+    for inner in (part.optimizer for part in parts_of(optimizer)):
         if not _is_torch_adam(inner):
             continue
         _choose_kernel(inner)  # a checkpoint brings the choice of the machine that made it
@@ -69,10 +73,9 @@ def _mend_torch_adam(optimizer: MegatronOptimizer) -> None:
     """Let the state of a torch Adam be saved before its first step, and loaded.
 
     Megatron-Core 0.16.1 distrib_optimizer.py:642 (0.19.2: 839) reads the state's `step` where a
-    torch Adam that has made no step has none; :940 (0.19.2: 1223) then looks for it among loaded
-    tensors, where it never is.
+    torch Adam that has made no step has none.
     """
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         inner = part.optimizer
         if not _is_torch_adam(inner):
             continue
@@ -84,20 +87,6 @@ def _mend_torch_adam(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(weight.data),
                     "exp_avg_sq": torch.zeros_like(weight.data),
                 }
-        part._set_main_param_and_optimizer_states = partial(_set_states, part)
-
-
-def _mend_gathered_state(optimizer: MegatronOptimizer) -> None:
-    """Let each weight's state be cut from where it is when a checkpoint gathers it.
-
-    Megatron-Core 0.16.1 distrib_optimizer.py:1118 leaves out the padding between buckets, :1494 looks
-    for weights where they are with it (0.19.2: 1403 and 1790): the state of all but the first bucket is shifted. A table
-    that pipeline ranks share, for MTP or tied, has a bucket of its own, the second one.
-    """
-    for part in _parts(optimizer):
-        if hasattr(part, "get_parameter_state_dp_zero"):
-            gather = part.get_parameter_state_dp_zero
-            part.get_parameter_state_dp_zero = partial(_gather_with_padding, part, gather)
 
 
 def _mend_missing_steps(optimizer: MegatronOptimizer) -> None:
@@ -107,7 +96,7 @@ def _mend_missing_steps(optimizer: MegatronOptimizer) -> None:
     Megatron-Core 0.16.1 distrib_optimizer.py:642 (0.19.2: 839) finds no state of a torch Adam to read
     the step of. All parts have made the same steps.
     """
-    parts = [part for part in _parts(optimizer) if _is_torch_adam(part.optimizer)]
+    parts = [part for part in parts_of(optimizer) if _is_torch_adam(part.optimizer)]
     for part in parts:
         part.state_dict = partial(_state_with_step, part, parts)
 
@@ -125,26 +114,6 @@ def _state_with_step(part: Any, parts: list[Any]) -> dict[str, Any]:
             states.clear()
 
 
-def _gather_with_padding(part: Any, gather: Any, **options: Any) -> Any:
-    state = gather(**options)
-    for index, by_dtype in (state or {}).items():
-        for tensors in by_dtype.values() if isinstance(by_dtype, dict) else ():
-            for name in ("param", "exp_avg", "exp_avg_sq"):
-                tensors[name] = _with_padding(part.buffers[index], tensors[name])
-    return state
-
-
-def _with_padding(buffer: Any, packed: Tensor) -> Tensor:
-    assert len(packed) == buffer.numel_unpadded, (len(packed), buffer.numel_unpadded)
-    whole = packed.new_zeros(buffer.numel)
-    start = 0
-    for bucket in buffer.buckets:
-        end = start + bucket.numel_unpadded
-        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start:end]
-        start = end
-    return whole
-
-
 def _choose_kernel(inner: Any) -> None:
     """Update weights on a GPU in one pass; what torch does there unasked makes copies of them all."""
     for group in inner.param_groups:
@@ -156,16 +125,5 @@ def _step_device(weight: Tensor) -> torch.device:
     return weight.device if weight.is_cuda else torch.device("cpu")
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
 def _is_torch_adam(inner: Any) -> bool:
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
-
-
-def _set_states(part: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-    group_index, group_order = part.model_param_group_index_map[model_param]
-    weight = part.optimizer.param_groups[group_index]["params"][group_order]
-    step = part.optimizer.state[weight]["step"]
-    type(part)._set_main_param_and_optimizer_states(part, model_param, {"step": step, **tensors})

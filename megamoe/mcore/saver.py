@@ -120,7 +120,7 @@ def _write(folder: Path, snapshot: Snapshot, progress: Progress, keep: int) -> i
     if partial is None:  # this very state is the latest checkpoint already
         return 0
     group = groups.saving()
-    writer = write_shards(snapshot.tensors, partial, group)
+    writer = write_shards(snapshot.boxes, partial, group, validate=snapshot.validate)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     written: list[Any] | None = [None] * world if rank == 0 else None
     torch.distributed.gather_object(writer.entries(rank), written, dst=0, group=group)

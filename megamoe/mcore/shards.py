@@ -6,25 +6,39 @@ each tensor is, and which is read by megamoe/mcore/stored.py.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    mcore_to_pyt_state_dict,
-)
+from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.default_planner import (
+    _validate_global_plan,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.filesystem import (
     FileSystem,
     FileSystemWriter,
 )
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -36,6 +50,16 @@ from megamoe.mcore.stored import ShardReader
 # torch.save adds about 1.2 KB to a tensor, the entry in .metadata is about 0.5 KB.
 _BYTES_PER_TENSOR = 2_048
 _BYTES_PER_CHECKPOINT = 1 << 20  # manifest, progress, what else there is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """What a rank has of a tensor: all that is within some bounds of each dimension."""
+
+    name: str
+    shape: tuple[int, ...]  # of the tensor
+    offsets: tuple[int, ...]  # where the box begins in it
+    data: Tensor  # the box, of as many dimensions
 
 
 class ShardWriter(FileSystemWriter):
@@ -100,21 +124,57 @@ class ShardWriter(FileSystemWriter):
 
 
 def write_shards(
-    state: dict[str, list[ShardedTensor]], folder: Path, group: ProcessGroup
+    boxes: Sequence[Box], folder: Path, group: ProcessGroup, *, validate: bool
 ) -> ShardWriter:
-    """Write the tensors of all ranks and flush them to disk; every rank of the group calls it.
+    """Write the boxes of all ranks and flush them to disk; every rank of the group calls it.
+
+    Args:
+        boxes: of this rank, on the CPU.
+        folder: exists, and holds no shards.
+        group: of all ranks that write.
+        validate: check that the boxes of all ranks together are each tensor whole and once.
 
     Raises:
         CheckpointException: of torch; says for each rank that failed why.
     """
     writer = ShardWriter(folder)
-    save(
-        mcore_to_pyt_state_dict(state, False),  # noqa: FBT003 - not loading
-        storage_writer=writer,
-        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        process_group=group,
-    )
+    planner = _BoxPlanner(boxes, validate=validate)
+    save({}, storage_writer=writer, planner=planner, process_group=group)
     return writer
+
+
+class _BoxPlanner(SavePlanner):
+    """What torch's distributed checkpointing asks about boxes."""
+
+    def __init__(self, boxes: Sequence[Box], *, validate: bool) -> None:
+        self._boxes = {(box.name, box.offsets): box for box in boxes}
+        assert len(self._boxes) == len(boxes), "a box is there twice"
+        self._validate = validate
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],  # empty: a box is no tensor
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,  # noqa: FBT001, FBT002 - torch's call
+    ) -> None:
+        """Take nothing: the boxes are there."""
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan([_write_item(box) for box in self._boxes.values()])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = create_default_global_save_plan(all_plans)
+        if self._validate:
+            problems = _validate_global_plan(plans, metadata) + _not_whole(metadata)
+            assert not problems, problems[:3]
+        return plans, metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        assert write_item.index.offset is not None, write_item.index
+        return self._boxes[write_item.index.fqn, tuple(write_item.index.offset)].data
 
 
 @contextmanager
@@ -145,6 +205,28 @@ class _HashedFiles(FileSystem):
         with HashingFile(Path(path)) as file:
             self.written.append(file)
             yield file
+
+
+def _write_item(box: Box) -> WriteItem:
+    offsets, sizes = torch.Size(box.offsets), box.data.shape
+    assert len(box.shape) == len(offsets) == len(sizes), box.name
+    properties = TensorProperties(dtype=box.data.dtype)
+    chunk = ChunkStorageMetadata(offsets, sizes)
+    return WriteItem(
+        index=MetadataIndex(box.name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(chunk, properties, torch.Size(box.shape)),
+    )
+
+
+def _not_whole(metadata: Metadata) -> list[str]:
+    """Return the tensors of which values are missing; torch does not look where there is one rank."""
+    return [
+        f"{name} is not whole"
+        for name, tensor in metadata.state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+        and sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(tensor.size)
+    ]
 
 
 def _num_bytes(item: WriteItem) -> int:

@@ -6,7 +6,7 @@ pickle, so only the classes it is made of are admitted.
 
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -78,17 +78,16 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-class TensorReader:
-    """Reads tensors of a checkpoint, or one position of their first dimension, and nothing else."""
+class ChunkReader:
+    """Reads boxes of a checkpoint's tensors, and of each chunk that it needs no more than that."""
 
     def __init__(self, folder: Path) -> None:
-        """Compare every file with the manifest, then read what tensors there are.
+        """Read what tensors there are in a checkpoint whose hashes have been checked.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or holds something other than tensors.
+            CheckpointError: it holds something other than tensors.
         """
-        verify(folder)
-        self._folder = folder
+        self.folder = folder
         self._reader = ShardReader(folder)
         metadata = self._reader.read_metadata()
         self._where: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
@@ -100,40 +99,70 @@ class TensorReader:
             self._chunks[name] = tensor.chunks
             self.tensors[name] = StoredTensor(tensor.properties.dtype, tuple(tensor.size))
 
+    def read_box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Return what is within some bounds of each dimension of a tensor.
+
+        Args:
+            name: of the tensor.
+            offsets: where the box begins in it.
+            sizes: of the box, in as many dimensions.
+
+        Raises:
+            CheckpointError: the chunks do not make up the box.
+        """
+        box = list(zip(offsets, sizes, strict=True))
+        result, filled = None, 0
+        for chunk in self._chunks[name]:
+            sides = list(zip(chunk.offsets, chunk.sizes, strict=True))
+            if sides == box:
+                return self._load(name, chunk)
+            shared = [
+                (max(o, begin), min(o + n, begin + size))
+                for (o, n), (begin, size) in zip(sides, box, strict=True)
+            ]
+            if any(begin >= end for begin, end in shared):
+                continue
+            if result is None:
+                result = torch.empty(sizes, dtype=self.tensors[name].dtype)
+            data = self._load(name, chunk)[_slices(shared, chunk.offsets)]
+            result[_slices(shared, offsets)] = data
+            filled += data.numel()
+        if result is None or filled != result.numel():
+            raise CheckpointError(f"{self.folder}: {name} is not whole")
+        return result
+
+    def _load(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        where = self._where[MetadataIndex(name, chunk.offsets)]
+        with (self.folder / where.relative_path).open("rb") as file:
+            part: Any = self._reader._slice_file(file, where)
+            loaded = torch.load(part, map_location="cpu", weights_only=True)
+        assert isinstance(loaded, Tensor), name
+        return loaded.reshape(tuple(chunk.sizes))
+
+
+class TensorReader(ChunkReader):
+    """Reads tensors of a checkpoint, or one position of their first dimension, and nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        """Compare every file with the manifest, then read what tensors there are.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or holds something other than tensors.
+        """
+        verify(folder)
+        super().__init__(folder)
+
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Return a tensor, or what is at one position of its first dimension.
 
         Raises:
             CheckpointError: the chunks do not make up the tensor.
         """
-        stored = self.tensors[name]
-        first = 0 if index is None else index
-        rows = stored.shape[0] if index is None else 1
-        if index is None and len(self._chunks[name]) == 1:
-            return self._load(name, self._chunks[name][0]).reshape(stored.shape)
-        result = torch.empty((rows, *stored.shape[1:]), dtype=stored.dtype)
-        filled = 0
-        for chunk in self._chunks[name]:
-            start = max(chunk.offsets[0], first)
-            stop = min(chunk.offsets[0] + chunk.sizes[0], first + rows)
-            if start >= stop:
-                continue
-            data = self._load(name, chunk)[start - chunk.offsets[0] : stop - chunk.offsets[0]]
-            sides = zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
-            place = (slice(start - first, stop - first), *(slice(o, o + n) for o, n in sides))
-            result[place] = data
-            filled += data.numel()
-        if filled != result.numel():
-            raise CheckpointError(f"{self._folder}: {name} is not whole")
-        return result if index is None else result[0]
-
-    def _load(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        where = self._where[MetadataIndex(name, chunk.offsets)]
-        with (self._folder / where.relative_path).open("rb") as file:
-            part: Any = self._reader._slice_file(file, where)
-            loaded = torch.load(part, map_location="cpu", weights_only=True)
-        assert isinstance(loaded, Tensor), name
-        return loaded.reshape(tuple(chunk.sizes))
+        shape = self.tensors[name].shape
+        if index is None:
+            return self.read_box(name, (0,) * len(shape), shape)
+        rest = shape[1:]
+        return self.read_box(name, (index, *[0] * len(rest)), (1, *rest))[0]
 
 
 class TensorWriter:
@@ -214,6 +243,11 @@ class TensorWriter:
 def has_optimizer(names: Iterable[str]) -> bool:
     """Tell whether a checkpoint of these tensors has the optimizer's state, not weights alone."""
     return any(kind_of(name).startswith("optimizer") for name in names)
+
+
+def _slices(bounds: list[tuple[int, int]], offsets: Sequence[int]) -> tuple[slice, ...]:
+    """Return bounds within a tensor as slices of what begins at `offsets` in it."""
+    return tuple(slice(a - o, b - o) for (a, b), o in zip(bounds, offsets, strict=True))
 
 
 def _is_part(data: Tensor) -> bool:

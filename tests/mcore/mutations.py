@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from megamoe.mcore import cpu
 
     cpu.enable()
-    from megamoe.mcore import compat, context, data, model, optim, roll, router, spec
+    from megamoe.mcore import compat, context, data, model, roll, router, spec, states
     from megamoe.mcore.layer import ReplicatedLinear
     from megamoe.nn import context_parallel
     from megamoe.parity import ranks  # noqa: F401 - imports what is patched before it is
@@ -184,8 +184,13 @@ def _documents_that_begin_with_each_shard() -> Any:
     return mock.patch.object(data, "_starts", anew)
 
 
-def _padding_left_out_of_gathered_states() -> Any:
-    return mock.patch.object(optim, "_mend_gathered_state", return_value=None)
+def _states_one_value_further() -> Any:
+    boxes = states._boxes
+
+    def further(piece: Any, name: str, values: Any, first: int) -> Any:
+        return boxes(piece, name, values.roll(1) if first else values, first)
+
+    return mock.patch.object(states, "_boxes", further)
 
 
 MUTATIONS = {
@@ -282,11 +287,11 @@ MUTATIONS = {
         plant=_documents_that_begin_with_each_shard,
         options=("--document-mask",),
     ),
-    "checkpoint_padding": Mutation(
-        what="optimizer states gathered without the padding between buckets, as Megatron-core does",
-        recipe="ax_k1_519b_a33b",
-        layout="pp2xvpp2",
-        plant=_padding_left_out_of_gathered_states,
+    "optimizer_state": Mutation(
+        what="a rank's part of the optimizer's state stored one value further",
+        recipe="vaetki_7b_a1b",
+        layout="dp2",
+        plant=_states_one_value_further,
     ),
 }
 

@@ -258,15 +258,6 @@ def test_megatron_still_cannot_save_a_torch_adam_before_its_first_step(plan, tmp
         engine.save(wait=True)
 
 
-def test_megatron_still_cannot_load_a_torch_adam(plan, tmp_path):
-    engine = train(plan, tmp_path, 1)
-    folder = engine.save(wait=True)
-    for part in engine.optimizer.chained_optimizers:
-        del part._set_main_param_and_optimizer_states  # what optim._mend_torch_adam put there
-    with pytest.raises(KeyError, match="step"):
-        checkpoint.load(folder, engine.chunks, engine.optimizer, same_layout=True)
-
-
 @pytest.mark.parametrize("layer", [ColumnParallelLinear, RowParallelLinear])
 def test_megatron_0_16_still_takes_experts_for_replicated_weights_without_expert_parallelism(
     plan, layer

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from megamoe.checkpoints.folder import latest
+from megamoe.checkpoints.tensors import kind_of
 from megamoe.train.metrics import Record, read_records
 
 # A curriculum of a few steps a stage; the rest is what `--scale tiny` makes of the recipe.
@@ -71,6 +74,22 @@ def test_two_data_parallel_processes_train_the_model_of_one(
     two = _losses(_run(tmp_path / "two", sample_data, 2))
     assert len(one) == len(two) > 10
     assert two == pytest.approx(one, rel=1e-6, abs=0)
+    _each_rank_wrote_its_half_of_the_optimizer(latest(tmp_path / "two" / "checkpoints"))
+
+
+def _each_rank_wrote_its_half_of_the_optimizer(checkpoint: Path | None) -> None:
+    assert checkpoint is not None
+    tensors = json.loads((checkpoint / "tensors.json").read_text())
+    states = sum(
+        4 * prod(shape)
+        for name, (_, shape) in tensors.items()
+        if kind_of(name).startswith("optimizer ")
+    )
+    sizes = [(checkpoint / f"__{rank}_0.distcp").stat().st_size for rank in (0, 1)]
+    # Halves but for the padding of buckets. torch.save adds 1.2 KB to a tensor; the first rank has the
+    # weights, too.
+    assert 0.49 * states < sizes[1] < states / 2 + 2_000 * len(tensors)
+    assert sizes[1] < sizes[0]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from megamoe.train.metrics import read_records
 from tests.mcore import tiny
 
 _KILLS = 10
-_STEPS = 14  # of each of the two segments
+_STEPS = 30  # of each of the two segments; ten kills, some steps apart, must find it running
 
 
 def _two_segments(folder: Path) -> Plan:

@@ -1,7 +1,7 @@
 """Another group of processes of the same layout goes on bit for bit, whatever ranks share.
 
-Megatron-core writes a wrong float32 weight and wrong moments of a table that pipeline ranks share
-(megamoe/mcore/optim.py, `_mend_gathered_state`): nothing else notices before a run goes on from them.
+A float32 weight or a moment at a wrong place of a checkpoint (megamoe/mcore/states.py) shows nowhere
+before a run goes on from it.
 """
 
 import json
