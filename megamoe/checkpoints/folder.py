@@ -30,6 +30,7 @@ LATEST = "latest"
 PROGRESS = "progress.json"
 NONE_YET = "none"  # in `latest`, from the first save's beginning to its end
 _MAX_THREADS = 8
+_LEFTOVERS = (".[0-9]*.partial", ".[0-9]*.removed*", f".{LATEST}*")  # of ours; others' are not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +147,8 @@ def begin(folder: Path, name: str) -> Path | None:
         if latest(folder) == folder / name:
             return None
     partial = folder / f".{name}.partial"
+    if partial.exists():  # a killed save left it, and it cannot be deleted
+        partial.rename(_free_name(f"{folder}/.{name}.removed"))
     partial.mkdir()
     return partial
 
@@ -165,10 +168,12 @@ def publish(partial: Path, final: Path, keep: int) -> None:
         _remove(final)
     partial.rename(final)
     _flush(final.parent)
+    there = all_checkpoints(final.parent)
     name_latest(final)
-    for path in all_checkpoints(final.parent)[:-keep]:
+    for path in there[:-keep]:
         if path != final:
-            _remove(path)
+            with suppress(OSError):  # the checkpoint is published; the next save tries again
+                _remove(path)
 
 
 def fall_back(folder: Path) -> tuple[Path | None, list[str]]:
@@ -202,7 +207,7 @@ def fall_back(folder: Path) -> tuple[Path | None, list[str]]:
             continue
         name_latest(checkpoint)
         for bad in damaged:
-            bad.rename(_free_name(bad))
+            bad.rename(_free_name(f"{bad}.damaged"))
         return checkpoint, problems
     raise CheckpointError(
         f"{folder}: no checkpoint is sound ({'; '.join(problems)}); start another run folder"
@@ -235,29 +240,38 @@ def remedy(folder: Path) -> str:
     return f"; `megamoe run {folder.parent} --fallback` goes on from the newest sound checkpoint"
 
 
-def _free_name(checkpoint: Path) -> Path:
-    number = 1
-    target = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    while target.exists():
+def _free_name(wanted: str) -> Path:
+    number, free = 1, Path(wanted)
+    while free.exists():
         number += 1
-        target = checkpoint.with_name(f"{checkpoint.name}.damaged.{number}")
-    return target
+        free = Path(f"{wanted}.{number}")
+    return free
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves left: all of it has hidden names."""
-    for leftover in folder.glob(".*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:  # a pointer that was never put in place
-            leftover.unlink()
+    """Delete what killed saves left: all of it has hidden names."""
+    for pattern in _LEFTOVERS:
+        for leftover in folder.glob(pattern):
+            _delete(leftover)
 
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint; killed on the way, it leaves a hidden folder, not half a checkpoint."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    hidden = _free_name(f"{checkpoint.parent}/.{checkpoint.name}.removed")
     checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    _delete(hidden)
+
+
+def _delete(hidden: Path) -> None:
+    """Delete what has a hidden name, or as much as the system lets us; each save tries again.
+
+    NFS keeps a file that is open somewhere under another name, and so its folder.
+    """
+    if hidden.is_dir():
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:  # a pointer that was never put in place
+        with suppress(OSError):
+            hidden.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -245,6 +245,79 @@ def test_what_a_killed_save_left_is_removed_by_the_next(folder, leftover):
     assert leftover not in names(folder)
 
 
+@pytest.fixture
+def kept_by_the_system(monkeypatch):
+    """Names of folders that cannot be deleted, as NFS keeps those with a file that is open."""
+    names, rmdir = [], os.rmdir
+
+    def refusing(path, **options):
+        if os.path.basename(path) in names:  # noqa: PTH119 - relative to a descriptor
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", refusing)
+    return names
+
+
+def test_a_folder_that_cannot_be_deleted_fails_no_save(folder, kept_by_the_system):
+    kept_by_the_system.append(".000000000000128.removed")
+    for tokens in (256, 320, 384):
+        saved = save(folder, progress(tokens), keep=2)
+        assert files.latest(folder) == saved
+    assert names(folder) == [
+        ".000000000000128.removed",
+        "000000000000320",
+        "000000000000384",
+        "latest",
+    ]
+    kept_by_the_system.clear()
+    save(folder, progress(448), keep=2)
+    assert names(folder) == ["000000000000384", "000000000000448", "latest"]
+
+
+def test_a_checkpoint_whose_name_the_system_keeps_fails_no_save(folder, monkeypatch):
+    rename = os.rename
+
+    def refusing(source, target, **options):
+        if str(source).endswith("/000000000000064"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", refusing)
+    saved = save(folder, progress(256), keep=1)
+    assert files.latest(folder) == saved
+    assert names(folder) == ["000000000000064", "000000000000256", "latest"]
+
+
+def test_a_checkpoint_is_removed_beside_one_of_its_name_that_could_not_be_deleted(
+    folder, kept_by_the_system
+):
+    kept_by_the_system.append(".000000000000064.removed")
+    (folder / ".000000000000064.removed").mkdir()
+    save(folder, progress(256), keep=3)
+    assert names(folder)[0] == ".000000000000064.removed"
+    assert "000000000000064" not in names(folder)
+
+
+def test_a_save_begins_beside_a_leftover_of_its_name_that_cannot_be_deleted(
+    folder, kept_by_the_system
+):
+    kept_by_the_system.append(".000000000000256.partial")
+    (folder / ".000000000000256.partial").mkdir()
+    (folder / ".000000000000256.partial" / "__7_0.distcp").write_bytes(b"of another world")
+    saved = save(folder, progress(256))
+    assert files.latest(folder) == saved
+    files.verify(saved)
+    assert not (saved / "__7_0.distcp").exists()
+
+
+def test_hidden_folders_that_are_not_ours_stay(folder):
+    for name in (".snapshot", ".nfs0001", ".000000000000256.partial"):
+        (folder / name).mkdir()
+    save(folder, progress(256))
+    assert [name for name in names(folder) if name.startswith(".")] == [".nfs0001", ".snapshot"]
+
+
 def test_verify_and_inspect_say_what_is_there(folder, capsys):
     assert main(["checkpoint", "verify", str(folder.parent)]) == 0
     lines = capsys.readouterr().out.splitlines()
