@@ -30,6 +30,7 @@ LATEST = "latest"
 PROGRESS = "progress.json"
 NONE_YET = "none"  # in `latest`, from the first save's beginning to its end
 _MAX_THREADS = 8
+_ABANDONED = ".abandoned"
 _LEFTOVERS = (".[0-9]*.partial", ".[0-9]*.removed*", f".{LATEST}*")  # of ours; others' are not
 
 
@@ -156,10 +157,13 @@ def begin(folder: Path, name: str) -> Path | None:
 def publish(partial: Path, final: Path, keep: int) -> None:
     """Give a checkpoint that is written, manifest included, its name; have `latest` name it.
 
+    Checkpoints that are newer belong to a line that was left: they are renamed to
+    `<tokens>.abandoned`.
+
     Args:
         partial: the hidden folder.
         final: its name from now on.
-        keep: number of checkpoints to keep, this one included.
+        keep: number of checkpoints to keep, this one and those before it.
     """
     for path in partial.iterdir():
         _flush(path)  # of files other ranks wrote too: a shared file system may keep them back
@@ -170,10 +174,7 @@ def publish(partial: Path, final: Path, keep: int) -> None:
     _flush(final.parent)
     there = all_checkpoints(final.parent)
     name_latest(final)
-    for path in there[:-keep]:
-        if path != final:
-            with suppress(OSError):  # the checkpoint is published; the next save tries again
-                _remove(path)
+    _settle_others(there, final, keep)
 
 
 def fall_back(folder: Path) -> tuple[Path | None, list[str]]:
@@ -209,8 +210,11 @@ def fall_back(folder: Path) -> tuple[Path | None, list[str]]:
         for bad in damaged:
             bad.rename(_free_name(f"{bad}.damaged"))
         return checkpoint, problems
+    left = [path.name for path in all_checkpoints(folder) if path not in candidates]
+    left += sorted(path.name for path in folder.glob(f"[0-9]*{_ABANDONED}*"))
     raise CheckpointError(
         f"{folder}: no checkpoint is sound ({'; '.join(problems)}); start another run folder"
+        + (f", or go on from one that was left: {', '.join(left)}" if left else "")
     )
 
 
@@ -246,6 +250,19 @@ def _free_name(wanted: str) -> Path:
         number += 1
         free = Path(f"{wanted}.{number}")
     return free
+
+
+def _settle_others(there: list[Path], newest: Path, keep: int) -> None:
+    """Set aside what is newer than a checkpoint, and remove what is too old beside it.
+
+    The checkpoint is published: what the system refuses here waits for the next save.
+    """
+    for path in (path for path in there if path.name > newest.name):
+        with suppress(OSError):
+            path.rename(_free_name(f"{path}{_ABANDONED}"))
+    for path in [path for path in there if path.name <= newest.name][:-keep]:
+        with suppress(OSError):
+            _remove(path)
 
 
 def _remove_leftovers(folder: Path) -> None:

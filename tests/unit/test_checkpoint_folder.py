@@ -18,20 +18,13 @@ from megamoe.checkpoints.manifest import (
     read_manifest,
 )
 from megamoe.errors import CheckpointError
-from tests.unit.saved import SHARDS, progress, save
+from tests.unit.saved import SHARDS, names, progress, save, three
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Three checkpoints of a run."""
-    folder = tmp_path / "run" / "checkpoints"
-    for tokens in (64, 128, 192):
-        save(folder, progress(tokens))
-    return folder
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return three(tmp_path / "run")
 
 
 def test_what_is_hashed_on_the_way_is_what_is_on_disk(tmp_path):
@@ -136,7 +129,8 @@ def test_fallback_without_a_sound_checkpoint_changes_nothing_and_says_what_is_wr
         (checkpoint / "__0_0.distcp").unlink()
     before = names(folder)
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint is sound \(.*192.*128.*064.*\); start"
+        CheckpointError,
+        match=r"no checkpoint is sound \(.*192.*128.*064.*\); start another run folder$",
     ):
         files.fall_back(folder)
     assert names(folder) == before
@@ -149,18 +143,6 @@ def test_a_second_damaged_checkpoint_of_one_name_does_not_replace_the_first(fold
         files.fall_back(folder)
     damaged = [name for name in names(folder) if "damaged" in name]
     assert damaged == ["000000000000192.damaged", "000000000000192.damaged.2"]
-
-
-def test_the_newest_are_kept(folder):
-    save(folder, progress(256), keep=2)
-    assert names(folder) == ["000000000000192", "000000000000256", "latest"]
-
-
-def test_the_checkpoint_that_latest_names_is_kept_beside_ones_with_more_tokens(folder):
-    (folder / "latest").write_text("000000000000064\n")
-    save(folder, progress(96), keep=1)
-    assert names(folder) == ["000000000000096", "000000000000192", "latest"]
-    assert files.latest(folder) == folder / "000000000000096"
 
 
 def test_the_latest_checkpoint_is_not_written_again(folder):
@@ -229,93 +211,6 @@ def test_a_save_takes_the_place_of_a_damaged_latest(folder, damage, tokens):
     saved = save(folder, progress(tokens))
     assert files.latest(folder) == saved == folder / f"{tokens:015d}"
     files.verify(saved)
-
-
-@pytest.mark.parametrize(
-    "leftover", [".000000000000256.partial", ".000000000000064.removed", ".latest"]
-)
-def test_what_a_killed_save_left_is_removed_by_the_next(folder, leftover):
-    if leftover == ".latest":
-        (folder / leftover).write_text("000000000000064\n")
-    else:
-        (folder / leftover).mkdir()
-        (folder / leftover / "__0_0.distcp").write_bytes(b"half of a shard")
-    assert files.latest(folder) == folder / "000000000000192"
-    save(folder, progress(256))
-    assert leftover not in names(folder)
-
-
-@pytest.fixture
-def kept_by_the_system(monkeypatch):
-    """Names of folders that cannot be deleted, as NFS keeps those with a file that is open."""
-    names, rmdir = [], os.rmdir
-
-    def refusing(path, **options):
-        if os.path.basename(path) in names:  # noqa: PTH119 - relative to a descriptor
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
-        rmdir(path, **options)
-
-    monkeypatch.setattr(os, "rmdir", refusing)
-    return names
-
-
-def test_a_folder_that_cannot_be_deleted_fails_no_save(folder, kept_by_the_system):
-    kept_by_the_system.append(".000000000000128.removed")
-    for tokens in (256, 320, 384):
-        saved = save(folder, progress(tokens), keep=2)
-        assert files.latest(folder) == saved
-    assert names(folder) == [
-        ".000000000000128.removed",
-        "000000000000320",
-        "000000000000384",
-        "latest",
-    ]
-    kept_by_the_system.clear()
-    save(folder, progress(448), keep=2)
-    assert names(folder) == ["000000000000384", "000000000000448", "latest"]
-
-
-def test_a_checkpoint_whose_name_the_system_keeps_fails_no_save(folder, monkeypatch):
-    rename = os.rename
-
-    def refusing(source, target, **options):
-        if str(source).endswith("/000000000000064"):
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
-        rename(source, target, **options)
-
-    monkeypatch.setattr(os, "rename", refusing)
-    saved = save(folder, progress(256), keep=1)
-    assert files.latest(folder) == saved
-    assert names(folder) == ["000000000000064", "000000000000256", "latest"]
-
-
-def test_a_checkpoint_is_removed_beside_one_of_its_name_that_could_not_be_deleted(
-    folder, kept_by_the_system
-):
-    kept_by_the_system.append(".000000000000064.removed")
-    (folder / ".000000000000064.removed").mkdir()
-    save(folder, progress(256), keep=3)
-    assert names(folder)[0] == ".000000000000064.removed"
-    assert "000000000000064" not in names(folder)
-
-
-def test_a_save_begins_beside_a_leftover_of_its_name_that_cannot_be_deleted(
-    folder, kept_by_the_system
-):
-    kept_by_the_system.append(".000000000000256.partial")
-    (folder / ".000000000000256.partial").mkdir()
-    (folder / ".000000000000256.partial" / "__7_0.distcp").write_bytes(b"of another world")
-    saved = save(folder, progress(256))
-    assert files.latest(folder) == saved
-    files.verify(saved)
-    assert not (saved / "__7_0.distcp").exists()
-
-
-def test_hidden_folders_that_are_not_ours_stay(folder):
-    for name in (".snapshot", ".nfs0001", ".000000000000256.partial"):
-        (folder / name).mkdir()
-    save(folder, progress(256))
-    assert [name for name in names(folder) if name.startswith(".")] == [".nfs0001", ".snapshot"]
 
 
 def test_verify_and_inspect_say_what_is_there(folder, capsys):
