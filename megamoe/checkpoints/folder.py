@@ -7,6 +7,7 @@ and only then are older ones removed.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from megamoe.plan.json import write_text_atomically
 LATEST = "latest"
 PROGRESS = "progress.json"
 NONE_YET = "none"  # in `latest`, from the first save's beginning to its end
+# As a save writes it, or a name as `echo` does. Neither cut short, nor with one bit flipped, is the other.
+_POINTER = re.compile(rb"([0-9]+)(?: ([0-9a-f]{64}))?\n")
 _MAX_THREADS = 8
 _ABANDONED = ".abandoned"
 _LEFTOVERS = (".[0-9]*.partial", ".[0-9]*.removed*", f".{LATEST}*")  # of ours; others' are not
@@ -72,15 +75,17 @@ def latest(folder: Path) -> Path | None:
             )
         return None
     with _with_remedy(folder), reading(pointer, rank=0):
-        words = pointer.read_text(encoding="utf-8", errors="replace").split()
-    if words == [NONE_YET]:
+        line = pointer.read_bytes()
+    if line == f"{NONE_YET}\n".encode():
         return None
-    if not words or len(words) > 2 or not words[0].isdigit():
+    if (found := _POINTER.fullmatch(line)) is None:
         raise CheckpointError(f"{pointer}: is damaged (written by rank 0){remedy(folder)}")
-    checkpoint = folder / words[0]
+    checkpoint = folder / found[1].decode()
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{pointer}: names {words[0]}, which is missing{remedy(folder)}")
-    if words[1:] and words[1:] != [_manifest_sha256(checkpoint)]:
+        raise CheckpointError(
+            f"{pointer}: names {checkpoint.name}, which is missing{remedy(folder)}"
+        )
+    if found[2] is not None and found[2].decode() != _manifest_sha256(checkpoint):
         raise CheckpointError(
             f"{pointer}: {checkpoint.name}/{MANIFEST} is not the one it names (both written by "
             f"rank 0){remedy(folder)}"

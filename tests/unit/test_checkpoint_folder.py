@@ -80,14 +80,23 @@ def test_no_checkpoint_yet(tmp_path):
     [
         (None, "latest: is missing, but 000000000000192 is there"),
         ("", "latest: is damaged (written by rank 0)"),
-        ("000000000000192 a b", "latest: is damaged (written by rank 0)"),
-        ("../elsewhere", "latest: is damaged (written by rank 0)"),
-        ("000000000000193", "latest: names 000000000000193, which is missing"),
-        ("000000000000192 " + "0" * 64, "latest: 000000000000192/manifest.json is not the one it names (both written by rank 0)"),
+        ("000000000000192 a b\n", "latest: is damaged (written by rank 0)"),
+        ("../elsewhere\n", "latest: is damaged (written by rank 0)"),
+        ("000000000000192", "latest: is damaged (written by rank 0)"),
+        ("000000000000192 ", "latest: is damaged (written by rank 0)"),
+        ("000000000000192 \n", "latest: is damaged (written by rank 0)"),
+        ("000000000000192\r\n", "latest: is damaged (written by rank 0)"),
+        ("000000000000192 " + "0" * 64, "latest: is damaged (written by rank 0)"),
+        ("000000000000192 " + "0" * 64 + "\v", "latest: is damaged (written by rank 0)"),
+        ("none", "latest: is damaged (written by rank 0)"),
+        ("000000000000193\n", "latest: names 000000000000193, which is missing"),
+        ("000000000000192 " + "0" * 64 + "\n", "latest: 000000000000192/manifest.json is not the one it names (both written by rank 0)"),
     ],
 )  # fmt: skip
 def test_a_bad_pointer_is_refused_with_the_remedy(folder, text, message):
-    (folder / "latest").unlink() if text is None else (folder / "latest").write_text(text)
+    (folder / "latest").unlink()
+    if text is not None:
+        (folder / "latest").write_bytes(text.encode())
     with pytest.raises(CheckpointError) as caught:
         files.latest(folder)
     remedy = f"; `megamoe run {folder.parent} --fallback` goes on from the newest sound checkpoint"
