@@ -7,6 +7,7 @@ and only then are older ones removed.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,11 @@ from megamoe.plan.json import write_text_atomically
 LATEST = "latest"
 PROGRESS = "progress.json"
 NONE_YET = "none"  # in `latest`, from the first save's beginning to its end
+# As a save writes it, or a name as `echo` does. Neither cut short, nor with one bit flipped, is the other.
+_POINTER = re.compile(rb"([0-9]+)(?: ([0-9a-f]{64}))?\n")
 _MAX_THREADS = 8
+_ABANDONED = ".abandoned"
+_LEFTOVERS = (".[0-9]*.partial", ".[0-9]*.removed*", f".{LATEST}*")  # of ours; others' are not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +75,17 @@ def latest(folder: Path) -> Path | None:
             )
         return None
     with _with_remedy(folder), reading(pointer, rank=0):
-        words = pointer.read_text(encoding="utf-8", errors="replace").split()
-    if words == [NONE_YET]:
+        line = pointer.read_bytes()
+    if line == f"{NONE_YET}\n".encode():
         return None
-    if not words or len(words) > 2 or not words[0].isdigit():
+    if (found := _POINTER.fullmatch(line)) is None:
         raise CheckpointError(f"{pointer}: is damaged (written by rank 0){remedy(folder)}")
-    checkpoint = folder / words[0]
+    checkpoint = folder / found[1].decode()
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{pointer}: names {words[0]}, which is missing{remedy(folder)}")
-    if words[1:] and words[1:] != [_manifest_sha256(checkpoint)]:
+        raise CheckpointError(
+            f"{pointer}: names {checkpoint.name}, which is missing{remedy(folder)}"
+        )
+    if found[2] is not None and found[2].decode() != _manifest_sha256(checkpoint):
         raise CheckpointError(
             f"{pointer}: {checkpoint.name}/{MANIFEST} is not the one it names (both written by "
             f"rank 0){remedy(folder)}"
@@ -146,6 +153,8 @@ def begin(folder: Path, name: str) -> Path | None:
         if latest(folder) == folder / name:
             return None
     partial = folder / f".{name}.partial"
+    if partial.exists():  # a killed save left it, and it cannot be deleted
+        partial.rename(_free_name(f"{folder}/.{name}.removed"))
     partial.mkdir()
     return partial
 
@@ -153,10 +162,13 @@ def begin(folder: Path, name: str) -> Path | None:
 def publish(partial: Path, final: Path, keep: int) -> None:
     """Give a checkpoint that is written, manifest included, its name; have `latest` name it.
 
+    Checkpoints that are newer belong to a line that was left: they are renamed to
+    `<tokens>.abandoned`.
+
     Args:
         partial: the hidden folder.
         final: its name from now on.
-        keep: number of checkpoints to keep, this one included.
+        keep: number of checkpoints to keep, this one and those before it.
     """
     for path in partial.iterdir():
         _flush(path)  # of files other ranks wrote too: a shared file system may keep them back
@@ -165,10 +177,9 @@ def publish(partial: Path, final: Path, keep: int) -> None:
         _remove(final)
     partial.rename(final)
     _flush(final.parent)
+    there = all_checkpoints(final.parent)
     name_latest(final)
-    for path in all_checkpoints(final.parent)[:-keep]:
-        if path != final:
-            _remove(path)
+    _settle_others(there, final, keep)
 
 
 def fall_back(folder: Path) -> tuple[Path | None, list[str]]:
@@ -202,10 +213,13 @@ def fall_back(folder: Path) -> tuple[Path | None, list[str]]:
             continue
         name_latest(checkpoint)
         for bad in damaged:
-            bad.rename(_free_name(bad))
+            bad.rename(_free_name(f"{bad}.damaged"))
         return checkpoint, problems
+    left = [path.name for path in all_checkpoints(folder) if path not in candidates]
+    left += sorted(path.name for path in folder.glob(f"[0-9]*{_ABANDONED}*"))
     raise CheckpointError(
         f"{folder}: no checkpoint is sound ({'; '.join(problems)}); start another run folder"
+        + (f", or go on from one that was left: {', '.join(left)}" if left else "")
     )
 
 
@@ -235,29 +249,51 @@ def remedy(folder: Path) -> str:
     return f"; `megamoe run {folder.parent} --fallback` goes on from the newest sound checkpoint"
 
 
-def _free_name(checkpoint: Path) -> Path:
-    number = 1
-    target = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    while target.exists():
+def _free_name(wanted: str) -> Path:
+    number, free = 1, Path(wanted)
+    while free.exists():
         number += 1
-        target = checkpoint.with_name(f"{checkpoint.name}.damaged.{number}")
-    return target
+        free = Path(f"{wanted}.{number}")
+    return free
+
+
+def _settle_others(there: list[Path], newest: Path, keep: int) -> None:
+    """Set aside what is newer than a checkpoint, and remove what is too old beside it.
+
+    The checkpoint is published: what the system refuses here waits for the next save.
+    """
+    for path in (path for path in there if path.name > newest.name):
+        with suppress(OSError):
+            path.rename(_free_name(f"{path}{_ABANDONED}"))
+    for path in [path for path in there if path.name <= newest.name][:-keep]:
+        with suppress(OSError):
+            _remove(path)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves left: all of it has hidden names."""
-    for leftover in folder.glob(".*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:  # a pointer that was never put in place
-            leftover.unlink()
+    """Delete what killed saves left: all of it has hidden names."""
+    for pattern in _LEFTOVERS:
+        for leftover in folder.glob(pattern):
+            _delete(leftover)
 
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint; killed on the way, it leaves a hidden folder, not half a checkpoint."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    hidden = _free_name(f"{checkpoint.parent}/.{checkpoint.name}.removed")
     checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    _delete(hidden)
+
+
+def _delete(hidden: Path) -> None:
+    """Delete what has a hidden name, or as much as the system lets us; each save tries again.
+
+    NFS keeps a file that is open somewhere under another name, and so its folder.
+    """
+    if hidden.is_dir():
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:  # a pointer that was never put in place
+        with suppress(OSError):
+            hidden.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -162,7 +162,7 @@ class Engine:
             ledger=(*self.ledger, *self._drawn()),
         )
         self.saver.start(self._snapshot, progress, self.segment.stage)
-        if wait and (error := self.saver.wait()):
+        if wait and (error := self.saver.finish()):
             raise CheckpointError(error)
         return self.folder / files.name_of(self.tokens_seen)
 

@@ -82,6 +82,13 @@ class Saver:
         save.thread.start()
         self._save = save
 
+    def finish(self) -> str | None:
+        """Wait for the save just started, which training stands still for from beginning to end."""
+        error = self.wait()
+        last = self._ended.pop()
+        self._ended.append(replace(last, stall_seconds=last.seconds))
+        return error
+
     def ended(self) -> list[SaveResult]:
         """Return the saves that have ended since the last call, failed ones too."""
         thread = None if self._save is None else self._save.thread

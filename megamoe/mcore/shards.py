@@ -87,7 +87,7 @@ class ShardWriter(FileSystemWriter):
         if needed > available:
             raise CheckpointError(
                 f"{Path(self.path).parent}: a checkpoint needs {needed:,} bytes, {available:,} are "
-                "available; make room or keep fewer (--keep-checkpoints)"
+                "available; make room, or remove checkpoints that `latest` does not name"
             )
         return super().prepare_global_plan(plans)
 

@@ -147,9 +147,23 @@ class Save:
             if is_due(self._segment, self._segment.checkpoint_every, result.step):
                 engine.save(wait=engine.is_done)
         finally:
-            for saved in engine.ended_saves():
-                for recorder in self._recorders:
-                    recorder.record_save(saved)
+            _record_saves(engine, self._recorders)
+
+
+@contextmanager
+def recording_the_last_save(engine: Engine, recorders: Sequence[Recorder]) -> Iterator[None]:
+    """Have a save that is being written at the end finished and recorded, also after an error."""
+    try:
+        yield
+    finally:
+        engine.close()
+        _record_saves(engine, recorders)
+
+
+def _record_saves(engine: Engine, recorders: Sequence[Recorder]) -> None:
+    for saved in engine.ended_saves():
+        for recorder in recorders:
+            recorder.record_save(saved)
 
 
 def is_due(segment: Segment, every: int, step: int) -> bool:

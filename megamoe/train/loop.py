@@ -30,6 +30,10 @@ class Engine(Protocol):
         """Return the saves that have ended since the last call, failed ones too."""
         ...
 
+    def close(self) -> None:
+        """Let a save that is being written be finished."""
+        ...
+
 
 class Hook(Protocol):
     """Something done after a step, on every rank, in the order of the list."""

@@ -8,7 +8,7 @@ import argparse
 import gc
 import os
 import sys
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 from megamoe.errors import PlanError, TrainingError
@@ -56,7 +56,12 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
     cpu.enable()
     from megamoe.mcore.engine import Engine
     from megamoe.mcore.sharing import describe
-    from megamoe.train.hooks import make_hooks, open_recorders, recording_from_args
+    from megamoe.train.hooks import (
+        make_hooks,
+        open_recorders,
+        recording_from_args,
+        recording_the_last_save,
+    )
     from megamoe.train.loop import train
 
     groups.start(plan, segment)
@@ -69,7 +74,6 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
             lines = (*describe(plan, segment), *engine.notes)
             sys.stdout.writelines(f"{line}\n" for line in lines)
         with ExitStack() as stack:
-            stack.enter_context(closing(engine))
             recorders = (
                 stack.enter_context(
                     open_recorders(args.run_dir, plan, segment, engine.step, recording)
@@ -77,6 +81,7 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
                 if is_first
                 else []
             )
+            stack.enter_context(recording_the_last_save(engine, recorders))
             train(engine, make_hooks(segment, recorders))
     finally:
         groups.stop()

@@ -178,6 +178,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(plan, tmp_path, monkeypa
     assert [key for key in kept if not torch.equal(kept[key], at_rest[key])] == []
 
 
+def test_a_save_that_is_waited_for_stalls_training_until_it_is_written(plan, tmp_path):
+    engine = train(plan, tmp_path, 1)
+    engine.save()
+    engine.train_step()
+    engine.save(wait=True)
+    behind, waited_for = engine.ended_saves()
+    assert behind.stall_seconds < behind.seconds
+    assert waited_for.stall_seconds == waited_for.seconds > 0
+
+
 def test_a_save_waits_for_the_one_before(plan, tmp_path):
     engine = train(plan, tmp_path, 1)
     engine.save()
@@ -234,6 +244,8 @@ def test_a_save_that_is_waited_for_raises_its_error(plan, tmp_path, monkeypatch)
         CheckpointError, match=r"needs \d[\d,]+ bytes, 1,000 are available; make room"
     ):
         engine.save(wait=True)
+    [failed] = engine.ended_saves()
+    assert failed.stall_seconds == failed.seconds > 0
 
 
 def test_each_weight_counts_its_own_steps_after_a_load(plan, tmp_path):

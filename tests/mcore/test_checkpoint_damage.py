@@ -57,7 +57,7 @@ def saved(tmp_path_factory):
 def _damage(path: Path, kind: str, other: Path, chance: random.Random) -> None:
     content = path.read_bytes()
     if kind == "truncate":
-        path.write_bytes(content[: chance.randrange(1, len(content) - 1)])
+        path.write_bytes(content[: chance.randrange(1, len(content))])
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "delete":
@@ -66,10 +66,13 @@ def _damage(path: Path, kind: str, other: Path, chance: random.Random) -> None:
         path.write_bytes(other.read_bytes())
         other.write_bytes(content)
     else:
-        bit = chance.randrange(8 * len(content))
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(bytes(flipped))
+        path.write_bytes(_flipped(content, chance.randrange(8 * len(content))))
+
+
+def _flipped(content: bytes, bit: int) -> bytes:
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
 
 
 def _cases() -> list[tuple[int, str, str, str]]:
@@ -116,6 +119,26 @@ def test_damage_is_refused_by_name_and_the_checkpoint_before_is_sound(saved, tmp
         assert chosen == folder / (newer.name if only_pointer else older.name), (seed, problems)
         assert files.latest(folder) == chosen
         shutil.rmtree(case)
+
+
+def test_every_cut_and_every_flipped_bit_of_latest_is_refused(saved, tmp_path):
+    _, run, _ = saved
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    older, newer = files.all_checkpoints(folder)
+    for bit in range(8 * len(newer.name)):  # what a flipped bit may name is there, and is sound
+        name = _flipped(newer.name.encode(), bit)
+        if name.isdigit():
+            shutil.copytree(older, folder / name.decode())
+    line = (folder / files.LATEST).read_bytes()
+    assert len(line) == 81
+    cuts = [line[:length] for length in range(len(line))]
+    for damaged in (*cuts, *(_flipped(line, bit) for bit in range(8 * len(line)))):
+        (folder / files.LATEST).write_bytes(damaged)
+        with pytest.raises(CheckpointError) as caught:
+            files.latest(folder)
+        assert str(caught.value).startswith(f"{folder / files.LATEST}: "), damaged
+        assert str(caught.value).endswith(files.remedy(folder)), damaged
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", MANIFEST])

@@ -1,6 +1,7 @@
 """A checkpoint folder without room: the save fails and says so, training goes on, nothing stays."""
 
 import re
+import shutil
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megamoe.checkpoints import folder as files
+from megamoe.errors import CheckpointError
 from megamoe.mcore import shards
 from tests.mcore import tiny
 from tests.mcore.world import train, world_of_one
@@ -57,7 +59,7 @@ def test_a_save_without_room_says_what_it_needs_and_what_there_is(engine):
     assert 0.6 * SIZE < written.num_bytes < SIZE
     numbers = re.fullmatch(
         rf"{first.parent}: a checkpoint needs ([\d,]+) bytes, ([\d,]+) are available; "
-        r"make room or keep fewer \(--keep-checkpoints\) \(rank 0\)",
+        r"make room, or remove checkpoints that `latest` does not name \(rank 0\)",
         failed.error,
     )
     needed, available = (int(number.replace(",", "")) for number in numbers.groups())
@@ -67,6 +69,18 @@ def test_a_save_without_room_says_what_it_needs_and_what_there_is(engine):
     assert sorted(path.name for path in first.parent.iterdir()) == [first.name, files.LATEST]
     assert files.latest(first.parent) == first
     files.verify(first)
+
+
+def test_what_the_message_says_makes_room_for_the_next_save(engine):
+    first = engine.save(wait=True)
+    set_aside = first.with_name("000000000000064.damaged")
+    first.rename(set_aside)
+    engine.train_step()
+    with pytest.raises(CheckpointError, match="remove checkpoints that `latest` does not name"):
+        engine.save(wait=True)
+    shutil.rmtree(set_aside)
+    saved = engine.save(wait=True)
+    assert files.latest(first.parent) == saved
 
 
 def test_a_disk_that_fills_up_during_a_save_costs_only_that_save(engine, monkeypatch):

@@ -33,3 +33,15 @@ def progress(tokens: int, **changes: object) -> Progress:
         "ledger": (("general", "korean", tokens),),
     }
     return Progress(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def three(run: Path) -> Path:
+    """Save after 64, 128 and 192 tokens; return the folder of the checkpoints."""
+    for tokens in (64, 128, 192):
+        save(run / "checkpoints", progress(tokens))
+    return run / "checkpoints"
+
+
+def names(folder: Path) -> list[str]:
+    """Return what is in a folder, by name."""
+    return sorted(path.name for path in folder.iterdir())

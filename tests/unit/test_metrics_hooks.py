@@ -14,6 +14,7 @@ from megamoe.train.hooks import (
     make_hooks,
     open_recorders,
     recording_from_args,
+    recording_the_last_save,
     scalars,
 )
 from tests.unit.test_metrics_records import PLAN, SEGMENT, measured, records, result, saved
@@ -42,6 +43,9 @@ class FakeEngine:
 
     def ended_saves(self):
         return [saved(9)] if "save" in self.asked else []
+
+    def close(self):
+        self.asked.append("close")
 
 
 class Keeper:
@@ -141,6 +145,24 @@ def test_recorders_are_closed_after_an_error(tmp_path):
     opened.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     with pytest.raises(ValueError, match="closed file"):
         recorders[0].record_step(result(2))
+
+
+@pytest.mark.parametrize("error", [None, "no room"])
+def test_a_save_under_way_when_training_fails_is_recorded_before_the_recorders_close(
+    tmp_path, error
+):
+    class Writing(FakeEngine):
+        def ended_saves(self):
+            return [saved(3, error=error)] if self.asked == ["close"] else []
+
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_recorders(tmp_path, PLAN, SEGMENT, 0, PLAIN) as recorders,
+        recording_the_last_save(Writing(), recorders),
+    ):
+        raise ZeroDivisionError
+    [record] = records(tmp_path)
+    assert (record["kind"], record["step"], record.get("error")) == ("save", 3, error)
 
 
 @pytest.mark.parametrize(
