@@ -36,10 +36,10 @@ STAGE_1 = Stage(
         decay_tokens=50_000_000_000 - 2_000 * 128 * 4_096,  # script: all that follows the warm-up
         decay="cosine",  # script
     ),
-    batch_ramp=(  # not published: 50B tokens in 100,000 steps (card) are 122 sequences; the script's default is 64
+    batch_ramp=(  # not published: 50B tokens in 100,000 steps (card) are 122 sequences, the next power of two; the script's default is 64
         (0, 128),
     ),
-    mixture=(  # not published: Korean first, and English (card)
+    mixture=(  # not published: but Korean first, and English (card); a little more than half is first
         ("korean", 0.6),
         ("english", 0.4),
     ),
@@ -75,12 +75,12 @@ STAGE_2 = replace(
     tokens=19_000_000_000,  # card: about 19B
     lr=LearningRate(
         peak=3e-5,  # not published: goes on from stage 1
-        final=None,  # not published: constant
+        final=None,  # not published: constant, as stage 1 ends decayed
         warmup_tokens=0,  # not published: goes on from stage 1
-        decay_tokens=0,  # not published: constant
+        decay_tokens=0,  # not published: constant, as stage 1 ends decayed
         decay="cosine",  # not published: as in stage 1
     ),
-    batch_ramp=(  # not published: 19B tokens in 120,000 steps (card) are 39 sequences
+    batch_ramp=(  # not published: 19B tokens in 120,000 steps (card) are 39 sequences, the next multiple of 8
         (0, 40),
     ),
 )

@@ -37,7 +37,7 @@ GENERAL = Stage(
     lr=LearningRate(
         peak=2e-4,  # report 3.2
         final=None,  # report 3.2: constant
-        warmup_tokens=8_000_000_000,  # not published: about 1,000 steps
+        warmup_tokens=8_000_000_000,  # not published: about 1,000 of the first steps, enough for Adam's moments
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # report 3.2: of the reasoning stage
     ),
@@ -46,7 +46,7 @@ GENERAL = Stage(
         (250_000_000_000, 3_968),
         (800_000_000_000, 7_936),
     ),
-    mixture=(  # not published: but about 20 % Korean (report 6)
+    mixture=(  # not published: but about 20 % Korean (report 6), most of it English (report 2.2); code the rest, as the sample corpus has three sources
         ("korean", 0.2),
         ("english", 0.65),
         ("code", 0.15),
@@ -97,7 +97,7 @@ REASONING = replace(
         (0, 7_936),
         (500_000_000_000, 11_264),
     ),
-    mixture=(  # not published: but more code, STEM and reasoning (report 3.2)
+    mixture=(  # not published: but more code, STEM and reasoning (report 3.2); in the place of English
         ("korean", 0.2),
         ("english", 0.45),
         ("code", 0.35),
@@ -122,7 +122,7 @@ CONTEXT_8K = replace(
         decay="linear",
     ),
     batch_ramp=((0, 5_632),),  # not published: stays at 46M tokens
-    mixture=(  # not published: earlier data and long documents (report 3.2)
+    mixture=(  # not published: earlier data and long documents (report 3.2); between the stages before
         ("korean", 0.2),
         ("english", 0.55),
         ("code", 0.25),
