@@ -8,8 +8,11 @@ Sources, as named on each line:
     code    class defaults of transformers' axk1 and vLLM's AXK1
     config  config.json, as read by serithemage/korea-ai-foundation-model-verification, which slips on two other values
 
+A stage has one layout, and a plan one number of GPUs: that training went from 1,024 to 1,536 within the general
+stage (report 3.4) is in its batch ramp alone.
+
 What the report tells and a recipe has no word for: optimizer moments in bfloat16, recomputation of the MLA
-up-projections and of the MLPs (report 3.5), and training on 1,024 GPUs for some days before there were 1,536.
+up-projections and of the MLPs (report 3.5).
 """
 
 from dataclasses import replace
@@ -46,7 +49,10 @@ GENERAL = Stage(
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # not published: nothing decays here
     ),
-    batch_ramp=(  # not published: when 18,432 begins, "after several days" (report 3.4); the ramp is report 3.3
+    # The ramp is that of 1,024 GPUs, the last entry that of 1,536, and the report does not tell after how many tokens
+    # one became the other. 1,024 GPUs can share out all of it and have a plan. 1,536 have none: dp 96 does not divide
+    # 2,048; with --set 'general.batch_ramp=((0, 18_432),)' they have one.
+    batch_ramp=(  # not published: when 18,432 begins, "after several days" (report 3.4): here four, at the 302 TFLOP/s of its table 2; the ramp is report 3.3
         (0, 2_048),
         (1 * WARMUP // 14, 3_072),
         (2 * WARMUP // 14, 4_096),

@@ -55,17 +55,17 @@ STAGE_1 = Stage(
     mtp_loss=None,  # script: no MTP
     rope_interpolation=1.0,  # script: none
     precision=Bf16(),  # card
-    layout=Layout(  # not published: the authors shard with FSDP over 2 GPUs (card)
+    layout=Layout(  # not published: the authors shard with FSDP over 2 GPUs (card), which is not among the axes; ep 2 shards the experts, nine tenths of the parameters
         tp=1,
         pp=1,
         vpp=1,
         pipeline="even",
         cp=1,
         cp_scheme="auto",
-        ep=8,
+        ep=2,
         etp=1,
-        dispatcher="all_to_all",
-        micro_batch=1,
+        dispatcher="all_to_all",  # not published: needs no library
+        micro_batch=1,  # not published: one sequence needs the least memory
     ),
 )
 

@@ -41,7 +41,7 @@ GENERAL = Stage(
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # report 3.2: of the reasoning stage
     ),
-    batch_ramp=(  # not published: where it steps; 8M, 16M, 32M tokens (report 3.2), in 64s of sequences
+    batch_ramp=(  # not published: where it steps; 8M, 16M, 32M tokens (report 3.2), in sequences that 992 GPUs share out
         (0, 1_984),
         (250_000_000_000, 3_968),
         (800_000_000_000, 7_936),
@@ -68,17 +68,19 @@ GENERAL = Stage(
         bf16_first_layers=1,  # script
         bf16_last_layers=1,  # script
     ),
-    layout=Layout(  # not published: sizes; PP, EP and DP (report 2.3). The script's TP 4, PP 6, EP 2 is a test's
-        tp=1,
+    # 1,016 GPUs are 8 x 127: there PP x EP is at most 8, and a GPU would hold an eighth of the model, 14B parameters,
+    # which do not fit in 80 GB with their gradients. 992 of them, 124 of 127 nodes, have a plan.
+    layout=Layout(  # not published: sizes of PP and EP (report 2.3); 32 ranks hold the model, and 992 GPUs share out every batch. The script's TP 4, PP 6, EP 2 is a test's
+        tp=1,  # report 2.3: PP, EP and DP
         pp=8,
-        vpp=1,
-        pipeline="even",
-        cp=1,
-        cp_scheme="auto",
-        ep=8,
-        etp=1,
-        dispatcher="all_to_all",
-        micro_batch=1,
+        vpp=1,  # not published: interleaving is told of fine-tuning only (report 4.2)
+        pipeline="even",  # not published: the layers divide evenly
+        cp=1,  # report 6.1: no context parallelism
+        cp_scheme="auto",  # not published: without effect where cp is 1
+        ep=4,
+        etp=1,  # not published: TP is told of long context only (report 2.3)
+        dispatcher="all_to_all",  # not published: needs no library
+        micro_batch=1,  # not published: one sequence needs the least memory
     ),
 )
 
@@ -93,9 +95,9 @@ REASONING = replace(
         decay_tokens=1_500_000_000_000,  # report 3.2: over the whole stage
         decay="linear",  # report 3.2
     ),
-    batch_ramp=(  # report 3.2: 32M tokens, then 46M after about 500B, in 64s of sequences
+    batch_ramp=(  # report 3.2: 32M tokens, then 46M after about 500B, in sequences that 992 GPUs share out
         (0, 7_936),
-        (500_000_000_000, 11_264),
+        (500_000_000_000, 11_160),
     ),
     mixture=(  # not published: but more code, STEM and reasoning (report 3.2); in the place of English
         ("korean", 0.2),
@@ -121,7 +123,7 @@ CONTEXT_8K = replace(
         decay_tokens=7_000_000_000,
         decay="linear",
     ),
-    batch_ramp=((0, 5_632),),  # not published: stays at 46M tokens
+    batch_ramp=((0, 5_580),),  # not published: stays at 46M tokens
     mixture=(  # not published: earlier data and long documents (report 3.2); between the stages before
         ("korean", 0.2),
         ("english", 0.55),
@@ -129,9 +131,9 @@ CONTEXT_8K = replace(
     ),
     fim_rate=0.0,  # not published: told of the reasoning stage only
     rope_interpolation=8.0,  # report 3.2
-    layout=replace(  # not published: sizes; TP is added for long context (report 2.3)
+    layout=replace(
         GENERAL.layout,
-        tp=4,
+        tp=4,  # not published: the size of TP, which is added for long context (report 2.3); of the script
     ),
 )
 
@@ -145,7 +147,7 @@ CONTEXT_16K = replace(
         peak=6.85e-5,
         final=3.7e-5,
     ),
-    batch_ramp=((0, 2_816),),  # not published: stays at 46M tokens
+    batch_ramp=((0, 2_790),),  # not published: stays at 46M tokens
 )
 
 CONTEXT_32K = replace(
@@ -159,7 +161,7 @@ CONTEXT_32K = replace(
         final=1e-5,
         decay_tokens=6_000_000_000,
     ),
-    batch_ramp=((0, 1_408),),  # not published: stays at 46M tokens
+    batch_ramp=((0, 1_395),),  # not published: stays at 46M tokens
 )
 
 RECIPE = Recipe(
@@ -179,7 +181,7 @@ RECIPE = Recipe(
         "context_8k.batch_ramp",
         "context_8k.mixture",
         "context_8k.fim_rate",
-        "context_8k.layout",
+        "context_8k.layout.tp",
         "context_16k.tokens",
         "context_16k.lr",
         "context_16k.batch_ramp",
@@ -194,7 +196,7 @@ RECIPE = Recipe(
         unreleased=(),  # weights: nothing is missing
         active_params=10.1e9,  # card; report: 10B
         tokens=5.12e12,  # report 3.2: 3.6T, 1.5T and 20B; card: 9.8T
-        gpus=1_016,  # report 2.3
+        gpus=1_016,  # report 2.3: for training and evaluation
         gpu="H100",  # report 2.3: 80GB PCIe
     ),
     model=Model(
