@@ -3,6 +3,7 @@
 Sources, as named on each line:
     card      model card of Keural-MoE-14B
     script    training script of MKD-CORP/Keural-Model-Training, train_keural_v2.py
+    readme    README of the same repository, as of commit 040fc19
     tokenizer repository MKD-CORP/keural-tokenizer-model
 """
 
@@ -39,9 +40,10 @@ STAGE_1 = Stage(
     batch_ramp=(  # not published: 50B tokens in 100,000 steps (card) are 122 sequences, the next power of two; the script's default is 64
         (0, 128),
     ),
-    mixture=(  # not published: but Korean first, and English (card); a little more than half is first
-        ("korean", 0.6),
-        ("english", 0.4),
+    mixture=(  # readme: what it collects, in billions of tokens; the card has Korean and English only, in both stages
+        ("korean", 13.0),
+        ("english", 28.0),
+        ("code", 8.0),
     ),
     fim_rate=0.0,  # script: none
     document_mask=False,  # not published: what Megatron-LM does by default
@@ -65,7 +67,7 @@ STAGE_1 = Stage(
         ep=2,
         etp=1,
         dispatcher="all_to_all",  # not published: needs no library
-        micro_batch=1,  # not published: one sequence needs the least memory
+        micro_batch=1,  # not published: for these batches; the readme has 4 for a batch of 64
     ),
 )
 
@@ -90,7 +92,6 @@ RECIPE = Recipe(
     source="model card of Keural-MoE-14B and MKD-CORP/Keural-Model-Training (MKD Corp, 2026)",
     assumed=(
         "stage_1.batch_ramp",
-        "stage_1.mixture",
         "stage_1.document_mask",
         "stage_1.layout",
         "stage_2.lr",

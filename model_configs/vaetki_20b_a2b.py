@@ -38,7 +38,7 @@ GENERAL = Stage(
     lr=LearningRate(
         peak=2e-4,  # report 3.2, card
         final=None,  # report 3.2: constant
-        warmup_tokens=8_000_000_000,  # not published: about 1,000 of the first steps, enough for Adam's moments
+        warmup_tokens=500 * 1_984 * 4_096,  # family: 500 steps
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # report 3.2: of the reasoning stage
     ),
@@ -65,7 +65,7 @@ GENERAL = Stage(
     rope_interpolation=1.0,  # report 3.2: only in the long-context stage; the plugin divides by 8 always, as released
     precision=Fp8Delayed(  # report 2.1: delayed scaling in the first stage
         gradient_format="e4m3",  # report 2.1: FP8 (E4M3)
-        amax_history=1_024,  # not published: what Transformer Engine has by default
+        amax_history=1_024,  # family
         bf16_first_layers=1,  # family
         bf16_last_layers=1,  # family
     ),
@@ -78,8 +78,8 @@ GENERAL = Stage(
         cp_scheme="auto",  # not published: without effect where cp is 1
         ep=8,
         etp=1,  # not published: TP is told of long context only (report 2.3)
-        dispatcher="all_to_all",  # not published: needs no library
-        micro_batch=1,  # not published: one sequence needs the least memory
+        dispatcher="all_to_all",  # family
+        micro_batch=1,  # family
     ),
 )
 
@@ -138,12 +138,10 @@ RECIPE = Recipe(
     source="VAETKI Technical Report (NC-AI Consortium, January 2026) and model card",
     assumed=(
         "general.tokens",
-        "general.lr.warmup_tokens",
         "general.batch_ramp",
         "general.mixture",
         "general.document_mask",
         "general.router.z_loss",
-        "general.precision.amax_history",
         "general.layout",
         "reasoning.tokens",
         "reasoning.batch_ramp",
@@ -226,10 +224,10 @@ RECIPE = Recipe(
     ),
     optimizer=AdamW(  # not published: usual values of models of this kind
         beta1=0.9,
-        beta2=0.95,
+        beta2=0.95,  # not published: usual of models of this kind; the 100B's script sets none, and Megatron-LM then has 0.999
         eps=1e-8,
-        weight_decay=0.1,
-        grad_clip=1.0,
+        weight_decay=0.1,  # family
+        grad_clip=1.0,  # family
     ),
     stages=(GENERAL, REASONING, LONG_CONTEXT),
 )
