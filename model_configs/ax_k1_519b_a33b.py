@@ -10,9 +10,6 @@ Sources, as named on each line:
 
 A stage has one layout, and a plan one number of GPUs: that training went from 1,024 to 1,536 within the general
 stage (report 3.4) is in its batch ramp alone.
-
-What the report tells and a recipe has no word for: optimizer moments in bfloat16, recomputation of the MLA
-up-projections and of the MLPs (report 3.5).
 """
 
 from dataclasses import replace
@@ -107,6 +104,10 @@ GENERAL = Stage(
         etp=1,  # report 3.4: no tensor parallelism
         dispatcher="deepep",  # report 3.4
         micro_batch=1,  # not published: one sequence needs the least memory
+        recompute=(  # report 3.5: in all configurations; whether "MLP layers" are those of experts too, it does not say
+            "mla_up_projection",
+            "mlp",
+        ),
     ),
 )
 
@@ -304,6 +305,7 @@ RECIPE = Recipe(
         eps=1e-8,  # not published: torch's default
         weight_decay=0.1,  # not published: of DeepSeek-V3
         grad_clip=1.0,  # not published: of DeepSeek-V3
+        moments_dtype="bfloat16",  # report 3.5; parameters and gradients in float32
     ),
     stages=(GENERAL, REASONING, CONTEXT_16K, CONTEXT_32K),
 )

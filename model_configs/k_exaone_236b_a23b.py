@@ -73,6 +73,7 @@ FOUNDATION = Stage(
         etp=1,
         dispatcher="all_to_all",  # not published: needs no library
         micro_batch=1,  # not published: one sequence needs the least memory
+        recompute=(),  # not published: none is mentioned
     ),
 )
 
@@ -187,6 +188,7 @@ RECIPE = Recipe(
         "optimizer.eps",
         "optimizer.weight_decay",
         "optimizer.grad_clip",
+        "optimizer.moments_dtype",
     ),
     published=Published(
         total_params=237_099_669_632,  # weights: with MTP and expert bias; report: 236B
@@ -250,6 +252,7 @@ RECIPE = Recipe(
         eps=1e-8,  # not published: usual values of AdamW
         weight_decay=0.1,  # not published: usual values of AdamW
         grad_clip=1.0,  # not published: usual values of AdamW
+        moments_dtype="float32",  # not published: what optimizers have where nothing is said
     ),
     stages=(FOUNDATION, EXPERTISE, REASONING, CONTEXT_32K, CONTEXT_256K),
 )

@@ -68,6 +68,9 @@ STAGE_1 = Stage(
         etp=1,
         dispatcher="all_to_all",  # not published: needs no library
         micro_batch=1,  # not published: for these batches; the readme has 4 for a batch of 64
+        recompute=(  # not published: of what (card: gradient checkpointing); whole layers, as is usual with FSDP
+            "layer",
+        ),
     ),
 )
 
@@ -159,6 +162,7 @@ RECIPE = Recipe(
         eps=1e-8,  # not published: of pretraining; fine-tuning has 1e-8
         weight_decay=0.1,  # script
         grad_clip=1.0,  # script
+        moments_dtype="float32",  # readme
     ),
     stages=(STAGE_1, STAGE_2),
 )

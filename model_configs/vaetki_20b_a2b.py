@@ -80,6 +80,7 @@ GENERAL = Stage(
         etp=1,  # not published: TP is told of long context only (report 2.3)
         dispatcher="all_to_all",  # family
         micro_batch=1,  # family
+        recompute=(),  # family: none
     ),
 )
 
@@ -228,6 +229,7 @@ RECIPE = Recipe(
         eps=1e-8,
         weight_decay=0.1,  # family
         grad_clip=1.0,  # family
+        moments_dtype="float32",  # family: as Megatron-LM has it where nothing is said
     ),
     stages=(GENERAL, REASONING, LONG_CONTEXT),
 )

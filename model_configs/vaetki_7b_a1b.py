@@ -78,6 +78,7 @@ GENERAL = Stage(
         etp=1,  # not published: TP is told of long context only (report 2.3)
         dispatcher="all_to_all",  # script
         micro_batch=1,  # script
+        recompute=(),  # script: none
     ),
 )
 
@@ -218,6 +219,7 @@ RECIPE = Recipe(
         eps=1e-8,
         weight_decay=0.1,  # script
         grad_clip=1.0,  # script
+        moments_dtype="float32",  # script: as Megatron-LM has it where nothing is said
     ),
     stages=(GENERAL, REASONING, LONG_CONTEXT),
 )

@@ -38,7 +38,7 @@ def loaded_from(tmp_path: Path, source: str) -> LoadedRecipe:
         ("()", ()),
         ("(1, (2, 'x'))", (1, (2, "x"))),
         (
-            "Layout(tp=1, pp=1, vpp=1, pipeline='even', cp=1, cp_scheme='auto', ep=1, etp=1, dispatcher='all_to_all', micro_batch=2 * 2)",
+            "Layout(tp=1, pp=1, vpp=1, pipeline='even', cp=1, cp_scheme='auto', ep=1, etp=1, dispatcher='all_to_all', micro_batch=2 * 2, recompute=())",
             Layout(
                 tp=1,
                 pp=1,
@@ -50,6 +50,7 @@ def loaded_from(tmp_path: Path, source: str) -> LoadedRecipe:
                 etp=1,
                 dispatcher="all_to_all",
                 micro_batch=4,
+                recompute=(),
             ),
         ),
     ],

@@ -178,6 +178,14 @@ def test_a_k1_follows_its_report():
     assert context_16k.mixture == context_32k.mixture
 
 
+def test_a_k1_and_keural_save_the_memory_that_their_authors_tell_of():
+    a_k1, keural = load_recipe("ax_k1_519b_a33b").recipe, load_recipe("keural_14b").recipe
+    parts = {stage.layout.recompute for stage in a_k1.stages}
+    assert parts == {("mla_up_projection", "mlp")}
+    assert {stage.layout.recompute for stage in keural.stages} == {("layer",)}
+    assert (a_k1.optimizer.moments_dtype, keural.optimizer.moments_dtype) == ("bfloat16", "float32")
+
+
 def test_vaetki_100b_follows_its_report():
     general, reasoning, *long_context = load_recipe("vaetki_100b_a10b").recipe.stages
     stages = (general, reasoning, *long_context)
