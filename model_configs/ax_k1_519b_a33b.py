@@ -8,8 +8,8 @@ Sources, as named on each line:
     code    class defaults of transformers' axk1 and vLLM's AXK1
     config  config.json, as read by serithemage/korea-ai-foundation-model-verification, which slips on two other values
 
-What the report tells and a recipe has no word for: optimizer moments in bfloat16, recomputation of the MLA
-up-projections and of the MLPs (report 3.5), and training on 1,024 GPUs for some days before there were 1,536.
+A stage has one layout, and a plan one number of GPUs: that training went from 1,024 to 1,536 within the general
+stage (report 3.4) is in its batch ramp alone.
 """
 
 from dataclasses import replace
@@ -46,7 +46,10 @@ GENERAL = Stage(
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # not published: nothing decays here
     ),
-    batch_ramp=(  # not published: when 18,432 begins, "after several days" (report 3.4); the ramp is report 3.3
+    # The ramp is that of 1,024 GPUs, the last entry that of 1,536, and the report does not tell after how many tokens
+    # one became the other. 1,024 GPUs can share out all of it and have a plan. 1,536 have none: dp 96 does not divide
+    # 2,048; with --set 'general.batch_ramp=((0, 18_432),)' they have one.
+    batch_ramp=(  # not published: when 18,432 begins, "after several days" (report 3.4): here four, at the 302 TFLOP/s of its table 2; the ramp is report 3.3
         (0, 2_048),
         (1 * WARMUP // 14, 3_072),
         (2 * WARMUP // 14, 4_096),
@@ -73,7 +76,7 @@ GENERAL = Stage(
         ("academic", 0.66),
         ("others", 0.16),
     ),
-    fim_rate=0.0,  # report 3: none is mentioned
+    fim_rate=0.0,  # not published: none is mentioned
     document_mask=False,  # not published: what Megatron-LM does by default
     router=Router(
         aux_loss=0.0,  # not published: which loss; per sequence, as in DeepSeek-V3
@@ -83,10 +86,10 @@ GENERAL = Stage(
         bias_update_rate=1e-3,  # not published: value lost (report 3.3); of DeepSeek-V3
     ),
     mtp_loss=0.3,  # report 3.3
-    rope_interpolation=1.0,  # config: YaRN
-    precision=Fp8Delayed(  # report 3.5: a scale per tensor
+    rope_interpolation=1.0,  # not published: from which stage on there is YaRN (config), which scales positions; here in all, so that the weights are those of the released configuration
+    precision=Fp8Delayed(  # not published: that the scale of each tensor (report 3.5) is delayed; Megatron-core's FP8 by default
         gradient_format="e5m2",  # report 3.5
-        amax_history=1_024,  # not published: that scales are delayed; what Transformer Engine has by default
+        amax_history=1_024,  # not published: what Transformer Engine has by default
         bf16_first_layers=0,  # report 3.5: all eligible tensors
         bf16_last_layers=0,  # report 3.5: all eligible tensors
     ),
@@ -94,13 +97,17 @@ GENERAL = Stage(
         tp=1,  # report 3.4
         pp=16,  # report 3.4
         vpp=1,  # not published: 61 layers leave no even interleaving
-        pipeline="even",  # not published
+        pipeline="even",  # not published: 15 ranks of 4 layers leave 1 for the last, beside the output layer
         cp=1,  # report 3.4: only for long context
         cp_scheme="auto",  # not published: by cost
         ep=8,  # report 3.4
         etp=1,  # report 3.4: no tensor parallelism
         dispatcher="deepep",  # report 3.4
-        micro_batch=1,  # not published
+        micro_batch=1,  # not published: one sequence needs the least memory
+        recompute=(  # report 3.5: in all configurations; whether "MLP layers" are those of experts too, it does not say
+            "mla_up_projection",
+            "mlp",
+        ),
     ),
 )
 
@@ -111,10 +118,10 @@ REASONING = replace(
     seq_len=4_096,  # report 3.2: 4K until the long-context stage
     lr=LearningRate(
         peak=2e-4,  # not published: goes on from the general stage
-        final=5e-5,  # not published: a quarter of the peak
+        final=5e-5,  # not published: a quarter of the peak, so that 16K can decay further (report 3.2)
         warmup_tokens=0,  # report 3.2: goes on from the general stage
         decay_tokens=1_660_000_000_000,  # not published: over the whole stage, which begins with it (report 3.2)
-        decay="linear",  # not published
+        decay="linear",  # not published: the plainest decay of WSD (report 3.2)
     ),
     batch_ramp=((0, 18_432),),  # report 3.3: 75M tokens
     mixture=(  # report table B.1: per cent, which add up to 99.99
@@ -139,12 +146,12 @@ CONTEXT_16K = replace(
     seq_len=16_384,  # report 3.2
     lr=LearningRate(
         peak=5e-5,  # not published: goes on from the reasoning stage
-        final=2e-5,  # not published: a tenth of the peak
+        final=2e-5,  # not published: a tenth of the first peak
         warmup_tokens=0,  # not published: goes on from the reasoning stage
         decay_tokens=300_000_000_000,  # report 3.2: decays during the 16K extension
-        decay="linear",  # not published
+        decay="linear",  # not published: the plainest decay of WSD (report 3.2)
     ),
-    batch_ramp=((0, 4_608),),  # not published: stays at 75M tokens
+    batch_ramp=((0, 4_608),),  # not published: stays at 75M tokens (report 3.3)
     mixture=(  # report table B.1: per cent, which add up to 99.99
         ("web", 33.32),
         ("code", 25.50),
@@ -179,7 +186,7 @@ CONTEXT_32K = replace(
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # not published: nothing decays here
     ),
-    batch_ramp=((0, 2_304),),  # not published: stays at 75M tokens
+    batch_ramp=((0, 2_304),),  # not published: stays at 75M tokens (report 3.3)
     layout=replace(
         GENERAL.layout,
         cp=8,  # report 3.4
@@ -193,13 +200,15 @@ RECIPE = Recipe(
         "general.lr.peak",
         "general.lr.decay",
         "general.batch_ramp",
+        "general.fim_rate",
         "general.document_mask",
         "general.router.aux_loss",
         "general.router.sequence_aux_loss",
         "general.router.global_aux_loss",
         "general.router.z_loss",
         "general.router.bias_update_rate",
-        "general.precision.amax_history",
+        "general.rope_interpolation",
+        "general.precision",
         "general.layout.vpp",
         "general.layout.pipeline",
         "general.layout.cp_scheme",
@@ -254,7 +263,7 @@ RECIPE = Recipe(
         global_rope=Rope(
             base=10_000.0,  # config
             interleaved=True,  # code
-            yarn=Yarn(  # config; the report does not tell from which stage on: here all, so that the weights are those of the released configuration
+            yarn=Yarn(  # config; from the first stage on: general.rope_interpolation
                 factor=4.0,  # config
                 original_seq_len=32_768,  # config
                 beta_fast=32.0,  # config
@@ -291,11 +300,12 @@ RECIPE = Recipe(
         vocab_size=163_840,  # report 2.3
     ),
     optimizer=AdamW(  # report 3.3
-        beta1=0.9,  # not published: value lost (report 3.3); usual
-        beta2=0.95,  # not published: value lost (report 3.3); usual
-        eps=1e-8,  # not published: usual
-        weight_decay=0.1,  # not published: usual
-        grad_clip=1.0,  # not published: usual
+        beta1=0.9,  # not published: value lost (report 3.3); of DeepSeek-V3
+        beta2=0.95,  # not published: value lost (report 3.3); of DeepSeek-V3
+        eps=1e-8,  # not published: torch's default
+        weight_decay=0.1,  # not published: of DeepSeek-V3
+        grad_clip=1.0,  # not published: of DeepSeek-V3
+        moments_dtype="bfloat16",  # report 3.5; parameters and gradients in float32
     ),
     stages=(GENERAL, REASONING, CONTEXT_16K, CONTEXT_32K),
 )

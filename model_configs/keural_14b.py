@@ -3,6 +3,7 @@
 Sources, as named on each line:
     card      model card of Keural-MoE-14B
     script    training script of MKD-CORP/Keural-Model-Training, train_keural_v2.py
+    readme    README of the same repository, as of commit 040fc19
     tokenizer repository MKD-CORP/keural-tokenizer-model
 """
 
@@ -36,12 +37,13 @@ STAGE_1 = Stage(
         decay_tokens=50_000_000_000 - 2_000 * 128 * 4_096,  # script: all that follows the warm-up
         decay="cosine",  # script
     ),
-    batch_ramp=(  # not published: 50B tokens in 100,000 steps (card) are 122 sequences; the script's default is 64
+    batch_ramp=(  # not published: 50B tokens in 100,000 steps (card) are 122 sequences, the next power of two; the script's default is 64
         (0, 128),
     ),
-    mixture=(  # not published: Korean first, and English (card)
-        ("korean", 0.6),
-        ("english", 0.4),
+    mixture=(  # readme: what it collects, in billions of tokens; the card has Korean and English only, in both stages
+        ("korean", 13.0),
+        ("english", 28.0),
+        ("code", 8.0),
     ),
     fim_rate=0.0,  # script: none
     document_mask=False,  # not published: what Megatron-LM does by default
@@ -55,17 +57,20 @@ STAGE_1 = Stage(
     mtp_loss=None,  # script: no MTP
     rope_interpolation=1.0,  # script: none
     precision=Bf16(),  # card
-    layout=Layout(  # not published: the authors shard with FSDP over 2 GPUs (card)
+    layout=Layout(  # not published: the authors shard with FSDP over 2 GPUs (card), which is not among the axes; ep 2 shards the experts, nine tenths of the parameters
         tp=1,
         pp=1,
         vpp=1,
         pipeline="even",
         cp=1,
         cp_scheme="auto",
-        ep=8,
+        ep=2,
         etp=1,
-        dispatcher="all_to_all",
-        micro_batch=1,
+        dispatcher="all_to_all",  # not published: needs no library
+        micro_batch=1,  # not published: for these batches; the readme has 4 for a batch of 64
+        recompute=(  # not published: of what (card: gradient checkpointing); whole layers, as is usual with FSDP
+            "layer",
+        ),
     ),
 )
 
@@ -75,12 +80,12 @@ STAGE_2 = replace(
     tokens=19_000_000_000,  # card: about 19B
     lr=LearningRate(
         peak=3e-5,  # not published: goes on from stage 1
-        final=None,  # not published: constant
+        final=None,  # not published: constant, as stage 1 ends decayed
         warmup_tokens=0,  # not published: goes on from stage 1
-        decay_tokens=0,  # not published: constant
+        decay_tokens=0,  # not published: constant, as stage 1 ends decayed
         decay="cosine",  # not published: as in stage 1
     ),
-    batch_ramp=(  # not published: 19B tokens in 120,000 steps (card) are 39 sequences
+    batch_ramp=(  # not published: 19B tokens in 120,000 steps (card) are 39 sequences, the next multiple of 8
         (0, 40),
     ),
 )
@@ -90,7 +95,6 @@ RECIPE = Recipe(
     source="model card of Keural-MoE-14B and MKD-CORP/Keural-Model-Training (MKD Corp, 2026)",
     assumed=(
         "stage_1.batch_ramp",
-        "stage_1.mixture",
         "stage_1.document_mask",
         "stage_1.layout",
         "stage_2.lr",
@@ -158,6 +162,7 @@ RECIPE = Recipe(
         eps=1e-8,  # not published: of pretraining; fine-tuning has 1e-8
         weight_decay=0.1,  # script
         grad_clip=1.0,  # script
+        moments_dtype="float32",  # readme
     ),
     stages=(STAGE_1, STAGE_2),
 )

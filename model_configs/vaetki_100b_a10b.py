@@ -37,16 +37,16 @@ GENERAL = Stage(
     lr=LearningRate(
         peak=2e-4,  # report 3.2
         final=None,  # report 3.2: constant
-        warmup_tokens=8_000_000_000,  # not published: about 1,000 steps
+        warmup_tokens=500 * 1_984 * 4_096,  # script: 500 steps
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # report 3.2: of the reasoning stage
     ),
-    batch_ramp=(  # not published: where it steps; 8M, 16M, 32M tokens (report 3.2), in 64s of sequences
+    batch_ramp=(  # not published: where it steps; 8M, 16M, 32M tokens (report 3.2), in sequences that 992 GPUs share out
         (0, 1_984),
         (250_000_000_000, 3_968),
         (800_000_000_000, 7_936),
     ),
-    mixture=(  # not published: but about 20 % Korean (report 6)
+    mixture=(  # not published: but about 20 % Korean (report 6), most of it English (report 2.2); code the rest, as the sample corpus has three sources
         ("korean", 0.2),
         ("english", 0.65),
         ("code", 0.15),
@@ -64,21 +64,24 @@ GENERAL = Stage(
     rope_interpolation=1.0,  # report 3.2: only in the long-context stage; the plugin divides by 8 always, as released
     precision=Fp8Delayed(  # report 2.1: delayed scaling in the first stage
         gradient_format="e4m3",  # report 2.1: FP8 (E4M3)
-        amax_history=1_024,  # not published: what Transformer Engine has by default
+        amax_history=1_024,  # script
         bf16_first_layers=1,  # script
         bf16_last_layers=1,  # script
     ),
-    layout=Layout(  # not published: sizes; PP, EP and DP (report 2.3). The script's TP 4, PP 6, EP 2 is a test's
-        tp=1,
+    # 1,016 GPUs are 8 x 127: there PP x EP is at most 8, and a GPU would hold an eighth of the model, 14B parameters,
+    # which do not fit in 80 GB with their gradients. 992 of them, 124 of 127 nodes, have a plan.
+    layout=Layout(  # not published: sizes of PP and EP (report 2.3); 32 ranks hold the model, and 992 GPUs share out every batch. The script's TP 4, PP 6, EP 2 is a test's
+        tp=1,  # report 2.3: PP, EP and DP
         pp=8,
-        vpp=1,
-        pipeline="even",
-        cp=1,
-        cp_scheme="auto",
-        ep=8,
-        etp=1,
-        dispatcher="all_to_all",
-        micro_batch=1,
+        vpp=1,  # not published: interleaving is told of fine-tuning only (report 4.2)
+        pipeline="even",  # not published: the layers divide evenly
+        cp=1,  # report 6.1: no context parallelism
+        cp_scheme="auto",  # not published: without effect where cp is 1
+        ep=4,
+        etp=1,  # not published: TP is told of long context only (report 2.3)
+        dispatcher="all_to_all",  # script
+        micro_batch=1,  # script
+        recompute=(),  # script: none
     ),
 )
 
@@ -93,11 +96,11 @@ REASONING = replace(
         decay_tokens=1_500_000_000_000,  # report 3.2: over the whole stage
         decay="linear",  # report 3.2
     ),
-    batch_ramp=(  # report 3.2: 32M tokens, then 46M after about 500B, in 64s of sequences
+    batch_ramp=(  # report 3.2: 32M tokens, then 46M after about 500B, in sequences that 992 GPUs share out
         (0, 7_936),
-        (500_000_000_000, 11_264),
+        (500_000_000_000, 11_160),
     ),
-    mixture=(  # not published: but more code, STEM and reasoning (report 3.2)
+    mixture=(  # not published: but more code, STEM and reasoning (report 3.2); in the place of English
         ("korean", 0.2),
         ("english", 0.45),
         ("code", 0.35),
@@ -121,17 +124,17 @@ CONTEXT_8K = replace(
         decay_tokens=7_000_000_000,
         decay="linear",
     ),
-    batch_ramp=((0, 5_632),),  # not published: stays at 46M tokens
-    mixture=(  # not published: earlier data and long documents (report 3.2)
+    batch_ramp=((0, 5_580),),  # not published: stays at 46M tokens
+    mixture=(  # not published: earlier data and long documents (report 3.2); between the stages before
         ("korean", 0.2),
         ("english", 0.55),
         ("code", 0.25),
     ),
     fim_rate=0.0,  # not published: told of the reasoning stage only
     rope_interpolation=8.0,  # report 3.2
-    layout=replace(  # not published: sizes; TP is added for long context (report 2.3)
+    layout=replace(
         GENERAL.layout,
-        tp=4,
+        tp=4,  # not published: the size of TP, which is added for long context (report 2.3); of the script
     ),
 )
 
@@ -145,7 +148,7 @@ CONTEXT_16K = replace(
         peak=6.85e-5,
         final=3.7e-5,
     ),
-    batch_ramp=((0, 2_816),),  # not published: stays at 46M tokens
+    batch_ramp=((0, 2_790),),  # not published: stays at 46M tokens
 )
 
 CONTEXT_32K = replace(
@@ -159,19 +162,17 @@ CONTEXT_32K = replace(
         final=1e-5,
         decay_tokens=6_000_000_000,
     ),
-    batch_ramp=((0, 1_408),),  # not published: stays at 46M tokens
+    batch_ramp=((0, 1_395),),  # not published: stays at 46M tokens
 )
 
 RECIPE = Recipe(
     name="vaetki_100b_a10b",
     source="VAETKI Technical Report (NC-AI Consortium, January 2026), weights and training script",
     assumed=(
-        "general.lr.warmup_tokens",
         "general.batch_ramp",
         "general.mixture",
         "general.document_mask",
         "general.router.z_loss",
-        "general.precision.amax_history",
         "general.layout",
         "reasoning.mixture",
         "context_8k.tokens",
@@ -179,7 +180,7 @@ RECIPE = Recipe(
         "context_8k.batch_ramp",
         "context_8k.mixture",
         "context_8k.fim_rate",
-        "context_8k.layout",
+        "context_8k.layout.tp",
         "context_16k.tokens",
         "context_16k.lr",
         "context_16k.batch_ramp",
@@ -194,7 +195,7 @@ RECIPE = Recipe(
         unreleased=(),  # weights: nothing is missing
         active_params=10.1e9,  # card; report: 10B
         tokens=5.12e12,  # report 3.2: 3.6T, 1.5T and 20B; card: 9.8T
-        gpus=1_016,  # report 2.3
+        gpus=1_016,  # report 2.3: for training and evaluation
         gpu="H100",  # report 2.3: 80GB PCIe
     ),
     model=Model(
@@ -248,10 +249,11 @@ RECIPE = Recipe(
     ),
     optimizer=AdamW(  # not published: usual values of models of this kind
         beta1=0.9,
-        beta2=0.95,
+        beta2=0.95,  # not published: usual of models of this kind; the 100B's script sets none, and Megatron-LM then has 0.999
         eps=1e-8,
-        weight_decay=0.1,
-        grad_clip=1.0,
+        weight_decay=0.1,  # script
+        grad_clip=1.0,  # script
+        moments_dtype="float32",  # script: as Megatron-LM has it where nothing is said
     ),
     stages=(GENERAL, REASONING, CONTEXT_8K, CONTEXT_16K, CONTEXT_32K),
 )

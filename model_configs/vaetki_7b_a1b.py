@@ -36,7 +36,7 @@ GENERAL = Stage(
     lr=LearningRate(
         peak=2e-4,  # report 3.2, card
         final=None,  # report 3.2: constant
-        warmup_tokens=8_000_000_000,  # not published: about 1,000 steps
+        warmup_tokens=500 * 1_984 * 4_096,  # script: 500 steps
         decay_tokens=0,  # report 3.2: constant
         decay="linear",  # report 3.2: of the reasoning stage
     ),
@@ -45,7 +45,7 @@ GENERAL = Stage(
         (100_000_000_000, 3_968),
         (300_000_000_000, 7_936),
     ),
-    mixture=(  # not published: but about 20 % Korean (report 6)
+    mixture=(  # not published: but about 20 % Korean (report 6), most of it English (report 2.2); code the rest, as the sample corpus has three sources
         ("korean", 0.2),
         ("english", 0.65),
         ("code", 0.15),
@@ -63,21 +63,22 @@ GENERAL = Stage(
     rope_interpolation=1.0,  # report 3.2: only in the long-context stage; the plugin divides by 8 always, as released
     precision=Fp8Delayed(  # report 2.1: delayed scaling in the first stage
         gradient_format="e4m3",  # report 2.1: FP8 (E4M3)
-        amax_history=1_024,  # not published: what Transformer Engine has by default
+        amax_history=1_024,  # script
         bf16_first_layers=1,  # script
         bf16_last_layers=1,  # script
     ),
-    layout=Layout(  # not published: sizes; PP, EP and DP (report 2.3)
-        tp=1,
+    layout=Layout(  # not published: sizes of PP and EP (report 2.3); 4 divides the layers, 8 is a node, and 256 GPUs share out every batch
+        tp=1,  # report 2.3: PP, EP and DP
         pp=4,
-        vpp=1,
-        pipeline="even",
-        cp=1,
-        cp_scheme="auto",
+        vpp=1,  # not published: interleaving is told of fine-tuning only (report 4.2)
+        pipeline="even",  # not published: the layers divide evenly
+        cp=1,  # report 6.1: no context parallelism
+        cp_scheme="auto",  # not published: without effect where cp is 1
         ep=8,
-        etp=1,
-        dispatcher="all_to_all",
-        micro_batch=1,
+        etp=1,  # not published: TP is told of long context only (report 2.3)
+        dispatcher="all_to_all",  # script
+        micro_batch=1,  # script
+        recompute=(),  # script: none
     ),
 )
 
@@ -93,7 +94,7 @@ REASONING = replace(
         decay="linear",  # report 3.2
     ),
     batch_ramp=((0, 7_936),),  # not published: stays at the 32.4M tokens of the card
-    mixture=(  # not published: but more code, STEM and reasoning (report 3.2)
+    mixture=(  # not published: but more code, STEM and reasoning (report 3.2); in the place of English
         ("korean", 0.2),
         ("english", 0.45),
         ("code", 0.35),
@@ -118,16 +119,16 @@ LONG_CONTEXT = replace(
         decay="linear",  # not published: as in the reasoning stage
     ),
     batch_ramp=((0, 1_984),),  # not published: stays at the 32.4M tokens of the card
-    mixture=(  # not published: earlier data and long documents (report 3.2)
+    mixture=(  # not published: earlier data and long documents (report 3.2); between the stages before
         ("korean", 0.2),
         ("english", 0.55),
         ("code", 0.25),
     ),
     fim_rate=0.0,  # not published: told of the reasoning stage only
     rope_interpolation=8.0,  # report 3.2
-    layout=replace(  # not published: sizes; TP is added for long context (report 2.3)
+    layout=replace(
         GENERAL.layout,
-        tp=2,
+        tp=2,  # not published: the size of TP, which is added for long context (report 2.3); a rank has 8,192 tokens
     ),
 )
 
@@ -136,12 +137,10 @@ RECIPE = Recipe(
     source="VAETKI Technical Report (NC-AI Consortium, January 2026), model card and weights",
     assumed=(
         "general.tokens",
-        "general.lr.warmup_tokens",
         "general.batch_ramp",
         "general.mixture",
         "general.document_mask",
         "general.router.z_loss",
-        "general.precision.amax_history",
         "general.layout",
         "reasoning.tokens",
         "reasoning.batch_ramp",
@@ -154,7 +153,7 @@ RECIPE = Recipe(
         "long_context.batch_ramp",
         "long_context.mixture",
         "long_context.fim_rate",
-        "long_context.layout",
+        "long_context.layout.tp",
         "optimizer",
     ),
     published=Published(
@@ -216,10 +215,11 @@ RECIPE = Recipe(
     ),
     optimizer=AdamW(  # not published: usual values of models of this kind
         beta1=0.9,
-        beta2=0.95,
+        beta2=0.95,  # not published: usual of models of this kind; the 100B's script sets none, and Megatron-LM then has 0.999
         eps=1e-8,
-        weight_decay=0.1,
-        grad_clip=1.0,
+        weight_decay=0.1,  # script
+        grad_clip=1.0,  # script
+        moments_dtype="float32",  # script: as Megatron-LM has it where nothing is said
     ),
     stages=(GENERAL, REASONING, LONG_CONTEXT),
 )

@@ -25,7 +25,7 @@ from megamoe.mcore.saver import Saver
 from megamoe.plan.json import digest
 from megamoe.plan.plan import Plan, Segment
 from megamoe.plan.schedule import learning_rate_at, sequences_at
-from megamoe.plan.trainable import check_trainable
+from megamoe.plan.trainable import check_trainable, left_out
 from megamoe.step import EvalResult, SaveResult, StepResult
 
 
@@ -43,7 +43,8 @@ class Engine:
         check_trainable(plan)
         self.plan = plan
         # From here on the segment is as it can be run; `notes` say what the plan asked for instead.
-        segment, self.notes = settle_dispatcher(plan, segment)
+        segment, notes = settle_dispatcher(plan, segment)
+        self.notes = (*notes, *left_out(segment))
         self.segment = segment
         self.folder = run_dir / "checkpoints"
         self.digest = digest(plan)

@@ -37,7 +37,9 @@ WORDS = 6  # and so few words in the text, that some experts get no token of a w
 # With beta1 0 exp_avg is the gradient, clipped. Adam divides it by its size plus eps: with eps 1 an
 # error of a gradient moves a weight by at most lr times that error; with the usual 1e-8 rounding alone
 # can turn a step around, and what the second step measures is another model.
-ADAM = AdamW(beta1=0.0, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1.0)
+ADAM = AdamW(
+    beta1=0.0, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1.0, moments_dtype="float32"
+)
 RATE = LearningRate(peak=0.5, final=None, warmup_tokens=0, decay_tokens=0, decay="linear")
 
 

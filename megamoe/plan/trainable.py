@@ -8,7 +8,10 @@ from megamoe.recipe.model import MLA, Model
 from megamoe.recipe.optim import AdamW
 from megamoe.recipe.precision import Bf16, Fp32
 
-_ADAMW = "AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)"
+_ADAMW = (
+    "AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0, "
+    'moments_dtype="float32")'
+)
 
 
 def check_trainable(plan: Plan) -> None:
@@ -17,10 +20,27 @@ def check_trainable(plan: Plan) -> None:
         raise PlanError(f"{plan.recipe}: {problem}")
 
 
+def left_out(segment: Segment) -> tuple[str, ...]:
+    """Return a line on what a segment asks that no engine does yet and that changes no number."""
+    if not (parts := segment.layout.recompute):
+        return ()
+    return (
+        f"{segment.stage}: layout.recompute {', '.join(parts)} has no engine yet: activations are "
+        "kept, with the same result and more memory",
+    )
+
+
 def _problems(plan: Plan) -> Iterator[str]:
     if not isinstance(plan.optimizer, AdamW):
         name = type(plan.optimizer).__name__
         yield f"optimizer {name} has no engine yet; give --set 'optimizer={_ADAMW}'"
+    elif plan.optimizer.moments_dtype != "float32":
+        # Megatron-Core 0.16.1 optimizer/optimizer_config.py:423: float32 alone, but with Transformer
+        # Engine's Adam (use_precision_aware_optimizer)
+        yield (
+            f"optimizer.moments_dtype {plan.optimizer.moments_dtype!r} has no engine yet; "
+            "give --set \"optimizer.moments_dtype='float32'\""
+        )
     yield from model_problems(plan.model)
     for segment in plan.segments:
         yield from _segment_problems(segment)

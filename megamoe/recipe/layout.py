@@ -22,6 +22,9 @@ class Layout(Checked):
     `dispatcher` brings tokens to the experts of other ranks, where ep or etp is above 1: each rank
     gathers all tokens, or they go where they are needed, by all-to-all or by a library for GPUs.
     The result is the same. A run that lacks the library uses all-to-all (megamoe/mcore/dispatchers.py).
+
+    `recompute` names what keeps no activations and is computed again in the backward pass, with the
+    same result: whole layers, or parts of each (MLPs are the dense and those of experts).
     """
 
     tp: PositiveInt
@@ -34,13 +37,17 @@ class Layout(Checked):
     etp: PositiveInt
     dispatcher: Literal["all_gather", "all_to_all", "deepep", "hybridep"]
     micro_batch: PositiveInt  # sequences per rank and micro-batch
+    recompute: tuple[Literal["layer", "mla_up_projection", "mlp"], ...]
 
     def check(self) -> None:
-        """Interleaving needs pipeline stages to interleave, and a written pipeline its chunks."""
+        """Interleaving needs ranks, a written pipeline its chunks; no part is recomputed twice."""
         if self.vpp > 1 and self.pp == 1:
             raise FieldError("vpp", f"{self.vpp} needs pp above 1; give vpp=1 or a larger pp")
         if self.pipeline != EVEN:
             written_chunks(self.pipeline, self.pp * self.vpp)
+        parts = self.recompute
+        if len(set(parts)) != len(parts) or ("layer" in parts and len(parts) > 1):
+            raise FieldError("recompute", f"{parts} names a part twice; give each once")
 
     def check_model(self, model: Model) -> None:
         """Check that a model has experts and layers for all ranks, whatever the cluster.
@@ -92,4 +99,5 @@ def one_rank(micro_batch: int) -> Layout:
         etp=1,
         dispatcher="all_to_all",
         micro_batch=micro_batch,
+        recompute=(),
     )

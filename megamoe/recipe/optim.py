@@ -1,6 +1,7 @@
 """Optimizers. The learning rate is a matter of the stage."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megamoe.recipe.check import Checked, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -14,6 +15,7 @@ class AdamW(Checked):
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
     grad_clip: PositiveFloat  # global L2 norm
+    moments_dtype: Literal["float32", "bfloat16"]  # as they are kept between steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,3 +29,4 @@ class Muon(Checked):
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
     grad_clip: PositiveFloat
+    moments_dtype: Literal["float32", "bfloat16"]  # of the momentum too

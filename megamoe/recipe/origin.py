@@ -13,6 +13,7 @@ from megamoe.recipe.recipe import Recipe
 from megamoe.recipe.stage import Stage
 from megamoe.recipe.tree import Leaf, Node, Part, Site, join, path_of, stages_of
 
+NOT_PUBLISHED = "not published"  # how the comment on a value begins that no source states
 Kind = Literal["stated", "assumed", "inherited", "command line", "scale rule", "unstated"]
 
 
@@ -102,14 +103,15 @@ def origins_of(root: Part, source: str, assumed: tuple[str, ...]) -> dict[str, O
     Args:
         root: the tree of the Recipe.
         source: text of the recipe file, for its comments.
-        assumed: dotted paths of the values no source states; each covers all below it.
+        assumed: dotted paths of the values no source states; each covers all below it that names no
+            source of its own.
     """
     comments = comments_of(source)
     origins: dict[str, Origin] = {}
     copied: list[tuple[str, _Written]] = []
     for path, written in _written_values(root):
         text = _comment_on(written, comments)
-        if is_covered(path, assumed):
+        if _is_assumed(path, written, comments, assumed):
             origins[path] = Origin(kind="assumed", text=text)
         elif written.site.inherited is not None:
             copied.append((path, written))
@@ -121,6 +123,15 @@ def origins_of(root: Part, source: str, assumed: tuple[str, ...]) -> dict[str, O
         of = origins.get(label) or _own(label, _comment_on(written, comments))
         origins[path] = Origin(kind="inherited", text="", source=label, of=of)
     return {path: origins[path] for path, _ in _written_values(root)}
+
+
+def _is_assumed(
+    path: str, written: _Written, comments: dict[int, str], assumed: tuple[str, ...]
+) -> bool:
+    if path in assumed:
+        return True
+    own = _comment_on(_Written(written.site, ()), comments)
+    return is_covered(path, assumed) and (not own or own.startswith(NOT_PUBLISHED))
 
 
 def _own(path: str, text: str) -> Origin:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megamoe.recipe.check import Checked, FieldError, PositiveFloat, PositiveInt
-from megamoe.recipe.model import Model
+from megamoe.recipe.model import GQA, Model
 from megamoe.recipe.optim import AdamW, Muon
 from megamoe.recipe.stage import Stage
 
@@ -111,6 +111,11 @@ class Recipe(Checked):
             raise FieldError(
                 f"{stage.name}.router.bias_update_rate",
                 f"{stage.router.bias_update_rate:g} with model.experts.expert_bias False; give 0",
+            )
+        if "mla_up_projection" in stage.layout.recompute and isinstance(self.model.attention, GQA):
+            raise FieldError(
+                f"{stage.name}.layout.recompute",
+                "'mla_up_projection' is no part of model.attention GQA; leave it out",
             )
         self._check_interpolation(stage)
         self._check_pipeline(stage)

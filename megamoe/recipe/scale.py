@@ -74,8 +74,10 @@ RULES = (
         f"in proportion to tokens; {BATCH} sequences at most in the first stage, in {MIN_BATCH}s",
     ),
     ("*.precision*", "float32, for a processor"),
+    ("optimizer.moments_dtype", "float32, for a processor"),
     ("*.layout.micro_batch", f"about {MICRO_TOKENS:,} tokens, {MIN_MICRO_BATCHES} or more a step"),
     ("*.layout.dispatcher", "needs no GPU"),
+    ("*.layout.recompute", "nothing: a small model has room for its activations"),
     ("*.layout.pipeline", "even: a written pipeline has the published number of layers"),
     ("*.layout.*", "1: any number of ranks is data parallel"),
 )
@@ -97,6 +99,7 @@ def scale_tiny(loaded: LoadedRecipe) -> LoadedRecipe:
         ),
         model=_model(recipe.model, _seq_ratio(recipe)),
         tokenizer=replace(recipe.tokenizer, vocab_size=min(VOCAB, recipe.tokenizer.vocab_size)),
+        optimizer=replace(recipe.optimizer, moments_dtype="float32"),
         stages=tuple(
             _stage(stage, round(TOKENS * share), recipe)
             for stage, share in zip(recipe.stages, shares, strict=True)

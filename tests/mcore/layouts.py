@@ -101,7 +101,9 @@ def plan_of(folder: Path, model: str, layout: str) -> Plan:
         layout=replace(tiny.LAYOUT, **axes),
         lr=LearningRate(peak=0.5, final=None, warmup_tokens=0, decay_tokens=0, decay="linear"),
     )
-    optimizer = AdamW(beta1=0.9, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1.0)
+    optimizer = AdamW(
+        beta1=0.9, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1.0, moments_dtype="float32"
+    )
     return replace(plan, optimizer=optimizer)
 
 

@@ -143,12 +143,21 @@ def test_muon_is_refused_in_one_line(plan, tmp_path):
         eps=1e-8,
         weight_decay=0.1,
         grad_clip=1.0,
+        moments_dtype="float32",
     )
     changed = replace(plan, optimizer=muon)
     with pytest.raises(PlanError) as caught:
         Engine(changed, changed.segments[0], tmp_path)
     assert "optimizer Muon has no engine yet; give --set 'optimizer=AdamW(" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_says_what_it_does_not_recompute(plan, tmp_path):
+    changed = with_segment(plan, layout=replace(tiny.LAYOUT, recompute=("layer",)))
+    assert Engine(changed, changed.segments[0], tmp_path).notes == (
+        "general: layout.recompute layer has no engine yet: activations are kept, with the same "
+        "result and more memory",
+    )
 
 
 def test_a_softmax_over_one_expert_is_refused_in_one_line(plan, tmp_path):

@@ -25,7 +25,9 @@ NUM_STEPS = 20
 # Two versions gave the same bits on one machine. Sums in another order (two threads for one) move a
 # loss by 2e-7 in these steps, before a router sends the first token to another expert.
 RELATIVE = 1e-6
-ADAMW = AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0)
+ADAMW = AdamW(
+    beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0, moments_dtype="float32"
+)
 
 
 def plan_of(name: str, folder: Path) -> Plan:

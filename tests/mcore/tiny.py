@@ -186,7 +186,14 @@ def tiny_plan(folder: Path, model: Model = LATENT, **changes: object) -> Plan:
         seed=1234,
         deterministic=True,
         model=model,
-        optimizer=AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0),
+        optimizer=AdamW(
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            grad_clip=1.0,
+            moments_dtype="float32",
+        ),
         cluster=Cluster(
             name="test",
             num_nodes=1,

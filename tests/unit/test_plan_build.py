@@ -61,6 +61,7 @@ GENERAL = Stage(
         etp=1,
         dispatcher="all_to_all",
         micro_batch=2,
+        recompute=(),
     ),
 )
 RECIPE = Recipe(
@@ -105,7 +106,9 @@ RECIPE = Recipe(
         init_std=0.02,
     ),
     tokenizer=Tokenizer(algorithm="byte-level-bpe", vocab_size=512),
-    optimizer=AdamW(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1),
+    optimizer=AdamW(
+        beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1, moments_dtype="float32"
+    ),
     stages=(GENERAL, replace(GENERAL, name="reasoning", tokens=7_000, batch_ramp=((0, 4),))),
 )
 

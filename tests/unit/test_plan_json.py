@@ -38,6 +38,7 @@ def test_every_variant_survives():
         eps=1e-8,
         weight_decay=0.1,
         grad_clip=1,
+        moments_dtype="float32",
     )
     model = replace(
         RECIPE.model,

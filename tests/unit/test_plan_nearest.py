@@ -32,6 +32,7 @@ LAYOUTS = st.builds(
     etp=st.sampled_from([1, 1, 2, 3]),
     dispatcher=st.sampled_from(["all_to_all", "deepep"]),
     micro_batch=st.sampled_from([1, 2, 3]),
+    recompute=st.just(()),
 )
 
 

@@ -9,7 +9,7 @@ from megamoe.errors import RecipeError
 from megamoe.recipe import Layout
 from megamoe.recipe.evaluate import evaluate_expression
 from megamoe.recipe.load import LoadedRecipe, load_recipe, recipe_names
-from megamoe.recipe.origin import comments_of
+from megamoe.recipe.origin import Origin, comments_of
 from megamoe.recipe.tree import PlacedError, build
 
 SOURCE = recipe_names()["vaetki_7b_a1b"].read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def loaded_from(tmp_path: Path, source: str) -> LoadedRecipe:
         ("()", ()),
         ("(1, (2, 'x'))", (1, (2, "x"))),
         (
-            "Layout(tp=1, pp=1, vpp=1, pipeline='even', cp=1, cp_scheme='auto', ep=1, etp=1, dispatcher='all_to_all', micro_batch=2 * 2)",
+            "Layout(tp=1, pp=1, vpp=1, pipeline='even', cp=1, cp_scheme='auto', ep=1, etp=1, dispatcher='all_to_all', micro_batch=2 * 2, recompute=())",
             Layout(
                 tp=1,
                 pp=1,
@@ -50,6 +50,7 @@ def loaded_from(tmp_path: Path, source: str) -> LoadedRecipe:
                 etp=1,
                 dispatcher="all_to_all",
                 micro_batch=4,
+                recompute=(),
             ),
         ),
     ],
@@ -78,6 +79,13 @@ def test_a_value_without_comment_is_unstated(tmp_path: Path):
     origins = loaded_from(tmp_path, source).origins
     assert origins["general.seq_len"].kind == "unstated"
     assert origins["reasoning.seq_len"].root().kind == "unstated"
+
+
+def test_what_is_assumed_as_a_whole_spares_a_value_with_a_source_of_its_own(tmp_path: Path):
+    source = SOURCE.replace("beta1=0.9,", "beta1=0.9,  # report 3")
+    origins = loaded_from(tmp_path, source).origins
+    assert origins["optimizer.beta1"] == Origin(kind="stated", text="report 3")
+    assert origins["optimizer.beta2"].kind == "assumed"
 
 
 def test_replace_of_a_part_inherits_the_rest_of_it(tmp_path: Path):

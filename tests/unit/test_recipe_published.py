@@ -2,15 +2,17 @@
 
 import importlib
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
 
 from megamoe.recipe import GQA, MLA, DualNorm, Model, PeriNorm, Recipe
 from megamoe.recipe.load import load_recipe, recipe_names
-from megamoe.recipe.origin import known_paths, leaves
+from megamoe.recipe.origin import comments_of, is_covered, known_paths, leaves
 
 NAMES = tuple(recipe_names())
+REASON = re.compile(r"not published: \S.{6,}")  # a word or two at least
 TOTALS = {
     "vaetki_7b_a1b": 7_250_296_320,
     "vaetki_20b_a2b": 19_596_810_240,
@@ -103,6 +105,30 @@ def test_what_is_assumed_says_so_on_its_line_and_the_reverse(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_is_assumed_says_why(name: str):
+    for path, origin in load_recipe(name).origins.items():
+        root = origin.root()
+        if root.kind == "assumed":
+            assert REASON.fullmatch(root.text), (path, root.text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mark_in_a_file_says_why(name: str):
+    text = recipe_names()[name].read_text(encoding="utf-8")
+    marks = [comment for comment in comments_of(text).values() if "not published" in comment]
+    assert marks
+    assert [mark for mark in marks if not REASON.fullmatch(mark)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_assumption_covers_a_value_without_a_source(name: str):
+    loaded = load_recipe(name)
+    assumed = {path for path, origin in loaded.origins.items() if origin.kind == "assumed"}
+    for prefix in loaded.recipe.assumed:
+        assert any(is_covered(path, (prefix,)) for path in assumed), prefix
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_assumption_names_a_value_once(name: str):
     recipe = load_recipe(name).recipe
     assert set(recipe.assumed) <= known_paths(recipe)
@@ -150,6 +176,14 @@ def test_a_k1_follows_its_report():
     for stage in stages:
         assert sum(weight for _, weight in stage.mixture) == pytest.approx(100, abs=0.011)
     assert context_16k.mixture == context_32k.mixture
+
+
+def test_a_k1_and_keural_save_the_memory_that_their_authors_tell_of():
+    a_k1, keural = load_recipe("ax_k1_519b_a33b").recipe, load_recipe("keural_14b").recipe
+    parts = {stage.layout.recompute for stage in a_k1.stages}
+    assert parts == {("mla_up_projection", "mlp")}
+    assert {stage.layout.recompute for stage in keural.stages} == {("layer",)}
+    assert (a_k1.optimizer.moments_dtype, keural.optimizer.moments_dtype) == ("bfloat16", "float32")
 
 
 def test_vaetki_100b_follows_its_report():

@@ -56,7 +56,7 @@ def test_structure_is_kept(name: str):
     for kind in ("local_rope", "global_rope"):
         assert unstretched(getattr(before.model, kind)) == unstretched(getattr(after.model, kind))
     assert (before.model.experts.num_groups > 1) == (after.model.experts.num_groups > 1)
-    assert before.optimizer == after.optimizer
+    assert replace(before.optimizer, moments_dtype="float32") == after.optimizer
     assert before.tokenizer.algorithm == after.tokenizer.algorithm
     for old, new in zip(before.stages, after.stages, strict=True):
         for field in KEPT_OF_STAGE:
@@ -127,6 +127,14 @@ def test_vaetki_tiny_by_the_numbers():
     assert general.lr.peak == pytest.approx(2e-4 * 1_536 / 128)
     assert "long_context.lr.peak" not in recipe.assumed
     assert "optimizer" in recipe.assumed
+
+
+def test_a_tiny_recipe_keeps_moments_in_float32_and_recomputes_nothing():
+    tiny = scale_tiny(load_recipe("ax_k1_519b_a33b"))
+    assert tiny.recipe.optimizer.moments_dtype == "float32"
+    assert {stage.layout.recompute for stage in tiny.recipe.stages} == {()}
+    assert tiny.origins["optimizer.moments_dtype"].kind == "scale rule"
+    assert tiny.origins["general.layout.recompute"].text.startswith("nothing: ")
 
 
 @pytest.mark.parametrize(

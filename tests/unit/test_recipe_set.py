@@ -69,7 +69,7 @@ def test_values_that_need_each_other_go_in_any_order(order: tuple[int, ...]):
 
 
 def test_a_whole_object_and_one_of_its_fields_can_both_be_set():
-    whole = "general.layout=Layout(tp=1,pp=2,vpp=1,pipeline='even',cp=1,cp_scheme='auto',ep=1,etp=1,dispatcher='all_to_all',micro_batch=4)"
+    whole = "general.layout=Layout(tp=1,pp=2,vpp=1,pipeline='even',cp=1,cp_scheme='auto',ep=1,etp=1,dispatcher='all_to_all',micro_batch=4,recompute=())"
     loaded = changed(whole, "general.layout.pp=3")
     assert stage(loaded, "general").layout == Layout(
         tp=1,
@@ -82,6 +82,7 @@ def test_a_whole_object_and_one_of_its_fields_can_both_be_set():
         etp=1,
         dispatcher="all_to_all",
         micro_batch=4,
+        recompute=(),
     )
     assert loaded.origins["general.layout.pp"].text == "--set general.layout.pp=3"
     assert loaded.origins["general.layout.tp"].text == f"--set {whole}"
@@ -94,6 +95,12 @@ def test_a_variant_is_exchanged_whole():
         num_heads=12, num_kv_heads=4, head_dim=128, qk_norm=True
     )
     assert loaded.origins["model.attention.head_dim"].kind == "command line"
+
+
+def test_a_part_that_the_attention_has_not_is_not_recomputed():
+    text = message("stage_1.layout.recompute=('mla_up_projection',)", name="keural_14b")
+    problem = "'mla_up_projection' is no part of model.attention GQA; leave it out"
+    assert text.endswith(f"stage_1.layout.recompute=('mla_up_projection',): {problem}")
 
 
 def test_mtp_can_be_switched_off_with_its_loss():
@@ -126,6 +133,10 @@ def test_arithmetic_and_tuples_are_read():
         ("general.precision=5", "Bf16 or Fp32 or Fp8Delayed or Fp8Block"),
         ("general.layout=Layout(tp=1)", ": Layout lacks pp, vpp"),
         ("general.layout.pipeline='E|t|t|L'", "'E|t|t|L' has 2 t, and model.num_layers is 24; write 24 t"),
+        ("general.layout.recompute=('mlp', 'mlp')", "('mlp', 'mlp') names a part twice; give each once"),
+        ("general.layout.recompute=('layer', 'mlp')", "('layer', 'mlp') names a part twice"),
+        ("general.layout.recompute=('layers',)", "recompute[0]: 'layers' is not one of"),
+        ("optimizer.moments_dtype='float16'", "did you mean 'bfloat16'?"),
         ("general.mtp_loss=0.1", "contradicts model.mtp None"),
         ("*.tokens=5", "--set *.tokens=5: general.lr: "),
         ("general=5", "field by field"),
