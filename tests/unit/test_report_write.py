@@ -60,7 +60,7 @@ def simulate(path, plan, stop_after=None):
     noise = random.Random(0)
     run_dir = settle_run_dir(path, plan, {"tokens_asked": [100_000, 7_000]})
     for segment in plan.segments:
-        file = MetricsFile(path, plan, segment, segment.steps_start)
+        file = MetricsFile(path, plan, segment, segment.steps_start, print)
         for step in range(1, segment.num_steps + 1):
             result = step_result(segment, step, noise)
             if stop_after is not None and result.step > stop_after:
@@ -203,7 +203,7 @@ def test_a_run_without_a_step_has_a_report(tmp_path, plan):
 @needs_matplotlib
 def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path, plan):
     simulate(tmp_path / "run", plan, stop_after=30)
-    file = MetricsFile(tmp_path / "run", plan, plan.segments[0], 30)
+    file = MetricsFile(tmp_path / "run", plan, plan.segments[0], 30, print)
     result = step_result(plan.segments[0], 31, random.Random(1))
     file.record_step(replace(result, loss=math.nan, grad_norm=math.inf))
     file.close()
