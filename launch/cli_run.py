@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.local import LocalJob, run_job, train_command
 from launch.lock import hold_lock
 from launch.run_dir import RunDir, open_run_dir, record_event, settle_run_dir
-from launch.supervise import read_progress, supervise
+from launch.supervise import read_progress, say, supervise
 from megamoe.checkpoints.folder import fall_back, latest
 from megamoe.errors import DataError, LaunchError, PlanError
 from megamoe.plan.build import build_plan
@@ -112,7 +112,7 @@ def train_here(
         record_event(path, "launched", {"pid": os.getpid(), "command": sys.argv})
         if fallback:
             _fall_back(run_dir)
-        _say(
+        say(
             f"{'continues' if read_progress(run_dir) else 'starts'} in {path}; logs in {run_dir.logs}"
         )
 
@@ -130,12 +130,12 @@ def train_here(
         try:
             supervise(run_dir, run_segment)
         except (KeyboardInterrupt, LaunchError):
-            _say(f"not finished; continue with `megamoe run {path}`")
+            say(f"not finished; continue with `megamoe run {path}`")
             raise
         checkpoint = latest(run_dir.checkpoints)
     assert checkpoint is not None, path
     for name, file in (("checkpoint", checkpoint), *write_report(path)):
-        _say(f"{name:<10}  {file}")
+        say(f"{name:<10}  {file}")
     return 0
 
 
@@ -165,18 +165,18 @@ def _continue(path: Path, args: argparse.Namespace) -> int:
 
 def _fall_back(run_dir: RunDir) -> None:
     """Read all of the latest checkpoint and, where it is damaged, go back to one that is not."""
-    _say("reads the checkpoint and compares it with its manifest")
+    say("reads the checkpoint and compares it with its manifest")
     checkpoint, problems = fall_back(run_dir.checkpoints)
     for problem in problems:
-        _say(f"set aside: {problem}")
+        say(f"set aside: {problem}")
     if checkpoint is not None:
-        _say(f"sound: {checkpoint}")
+        say(f"sound: {checkpoint}")
     if problems:
         facts = {"checkpoint": checkpoint.name if checkpoint else None, "problems": problems}
         record_event(run_dir.path, "fell_back", facts)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()  # before rank 0 writes to the same terminal
 

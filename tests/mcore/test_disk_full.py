@@ -1,8 +1,7 @@
 """A disk without room: a save fails and says so, records wait, training goes on, nothing stays."""
 
 import re
-import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,8 +15,8 @@ from megamoe.train.loop import train as train_segment
 from megamoe.train.metrics import read_records
 from tests.mcore import tiny
 from tests.mcore.world import train, world_of_one
+from tests.unit.disks import SIZE, tmpfs
 
-SIZE = 64 << 20
 # 2.7 million weights: one checkpoint (weights, and three numbers each of the optimizer) is 43 MB.
 MODEL = replace(
     tiny.LATENT,
@@ -26,21 +25,6 @@ MODEL = replace(
     dense_ffn_dim=28_000,
     experts=replace(tiny.LATENT.experts, num_routed=4),
 )
-
-
-@contextmanager
-def tmpfs(folder):
-    """A file system of 64 MB at a folder; skips where this user may not mount one."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a tmpfs cannot be mounted here: {error}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

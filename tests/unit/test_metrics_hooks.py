@@ -17,8 +17,8 @@ from megamoe.train.hooks import (
     recording_from_args,
     scalars,
 )
+from tests.unit.disks import room
 from tests.unit.test_metrics_records import PLAN, SEGMENT, measured, records, result, saved
-from tests.unit.test_plan_lines import room
 
 SECOND = PLAN.segments[1]  # 28 steps after 147, saved every 5
 PLAIN = Recording(tensorboard=False, wandb=None)

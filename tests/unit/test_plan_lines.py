@@ -2,26 +2,14 @@
 
 import json
 import os
-import resource
-from contextlib import contextmanager
 
 import pytest
 
 from megamoe.plan import lines
 from megamoe.plan.lines import LinesFile, append_line
+from tests.unit.disks import room
 
 LINE = len('{"step": 100, "text": ""}\n')
-
-
-@contextmanager
-def room(size):
-    """No file may become larger; what is written across that limit is written in part."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def record(step, text=""):
