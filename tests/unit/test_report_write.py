@@ -225,6 +225,16 @@ def test_names_cannot_inject_markup():
     assert "| a\\|b |" in to_markdown(page)
 
 
+def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path, plan, capsys):
+    run = tmp_path / "run"
+    simulate(run, plan, stop_after=3)
+    (run / "report.html").mkdir()
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"megamoe: error: {run}/report.html: Is a directory; mend that and give the command again\n"
+    )
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path, plan):
     simulate(tmp_path / "run", plan, stop_after=5)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
