@@ -11,8 +11,9 @@ from pathlib import Path
 from launch.local import LocalJob, run_job, train_command
 from launch.lock import hold_lock
 from launch.run_dir import RunDir, open_run_dir, record_event, settle_run_dir
-from launch.supervise import read_progress, supervise
+from launch.supervise import read_progress, say, supervise
 from megamoe.checkpoints.folder import fall_back, latest
+from megamoe.checkpoints.refused import one_line
 from megamoe.errors import DataError, LaunchError, PlanError
 from megamoe.plan.build import build_plan
 from megamoe.plan.cli import (
@@ -65,7 +66,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan or open, then train to the end."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as Ctrl-C does
-    if (Path(args.recipe) / "plan.json").is_file():
+    with one_line(Path(args.recipe), "give a recipe, or a run folder that can be read"):
+        is_run = (Path(args.recipe) / "plan.json").is_file()
+    if is_run:
         return _continue(Path(args.recipe), args)
     if args.fallback:
         raise LaunchError(f"--fallback continues a run, and {args.recipe} is no run folder")
@@ -99,20 +102,32 @@ def train_here(
         fallback: go on from the newest checkpoint whose files are all sound.
 
     Raises:
-        LaunchError: the folder is in use or holds another plan, or a rank failed.
+        MegamoeError: the folder is in use, holds another plan or cannot be written, or a rank failed.
     """
     if plan.cluster.num_nodes > 1:
         raise LaunchError(
             f"{path}: is planned for {plan.cluster.num_nodes} nodes of {plan.cluster.name!r}; "
             "`megamoe run` trains on this machine only"
         )
+    with one_line(path, "mend that and give the command again, or give another --run-dir"):
+        return _train(path, plan, facts, command_of, fallback=fallback)
+
+
+def _train(
+    path: Path,
+    plan: Plan,
+    facts: Mapping[str, object],
+    command_of: CommandOf,
+    *,
+    fallback: bool,
+) -> int:
     path.mkdir(parents=True, exist_ok=True)
     with hold_lock(path) as lock:
         run_dir = settle_run_dir(path, plan, facts)
         record_event(path, "launched", {"pid": os.getpid(), "command": sys.argv})
         if fallback:
             _fall_back(run_dir)
-        _say(
+        say(
             f"{'continues' if read_progress(run_dir) else 'starts'} in {path}; logs in {run_dir.logs}"
         )
 
@@ -130,12 +145,12 @@ def train_here(
         try:
             supervise(run_dir, run_segment)
         except (KeyboardInterrupt, LaunchError):
-            _say(f"not finished; continue with `megamoe run {path}`")
+            say(f"not finished; continue with `megamoe run {path}`")
             raise
         checkpoint = latest(run_dir.checkpoints)
     assert checkpoint is not None, path
     for name, file in (("checkpoint", checkpoint), *write_report(path)):
-        _say(f"{name:<10}  {file}")
+        say(f"{name:<10}  {file}")
     return 0
 
 
@@ -165,20 +180,15 @@ def _continue(path: Path, args: argparse.Namespace) -> int:
 
 def _fall_back(run_dir: RunDir) -> None:
     """Read all of the latest checkpoint and, where it is damaged, go back to one that is not."""
-    _say("reads the checkpoint and compares it with its manifest")
+    say("reads the checkpoint and compares it with its manifest")
     checkpoint, problems = fall_back(run_dir.checkpoints)
     for problem in problems:
-        _say(f"set aside: {problem}")
+        say(f"set aside: {problem}")
     if checkpoint is not None:
-        _say(f"sound: {checkpoint}")
+        say(f"sound: {checkpoint}")
     if problems:
         facts = {"checkpoint": checkpoint.name if checkpoint else None, "problems": problems}
         record_event(run_dir.path, "fell_back", facts)
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()  # before rank 0 writes to the same terminal
 
 
 def _command_of(path: Path, args: argparse.Namespace) -> CommandOf:

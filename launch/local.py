@@ -74,13 +74,18 @@ def run_job(job: LocalJob, lock: int) -> None:
     try:
         for rank in range(job.num_ranks):
             ranks.append(_start(job, rank, port, lock))
-        write_holder(lock, [rank.process.pid for rank in ranks])
+        _write_holder(lock, [rank.process.pid for rank in ranks])
         failed = _wait(ranks)
     finally:
         _stop(ranks, job.stop_s)
-        write_holder(lock, ())
+        _write_holder(lock, ())
     if failed is not None:
         raise LaunchError(_failure(job, failed))
+
+
+def _write_holder(lock: int, ranks: Sequence[int]) -> None:
+    with suppress(OSError):  # for messages alone: a full disk is no reason to end a run
+        write_holder(lock, ranks)
 
 
 def free_port() -> int:

@@ -55,8 +55,8 @@ def write_holder(descriptor: int, ranks: Sequence[int]) -> None:
         since=datetime.now(UTC).isoformat(timespec="seconds"),
         ranks=tuple(ranks),
     )
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
+    # first over what is there: most file systems need no room for that
+    os.ftruncate(descriptor, os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0))
     os.fsync(descriptor)
 
 

@@ -13,7 +13,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,7 @@ import megamoe
 from megamoe.commit import running_commit
 from megamoe.errors import LaunchError
 from megamoe.plan.json import differences, digest, read_plan, write_plan, write_text_atomically
+from megamoe.plan.lines import LinesFile, append_line
 from megamoe.plan.plan import Plan
 
 _PACKAGES = (
@@ -98,12 +99,38 @@ def settle_run_dir(path: Path, plan: Plan, facts: Mapping[str, object]) -> RunDi
 
 
 def record_event(path: Path, event: str, facts: Mapping[str, object]) -> None:
-    """Append an event, with the time, to the run's events.jsonl; it is on disk on return."""
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-    with (path / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append an event, with the time, to the run's events.jsonl; it is on disk on return.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    append_line(path / "events.jsonl", _event(event, facts))
+
+
+class Events:
+    """The events of a run under way: where the disk is full they wait, and the run goes on.
+
+    Args:
+        path: the run folder.
+        say: is told, a line at a time, what could not be written.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        """Open events.jsonl."""
+        self._lines = LinesFile(path / "events.jsonl", say, durable=True)
+
+    def record(self, event: str, facts: Mapping[str, object]) -> None:
+        """Append an event, with the time; it is on disk on return if there is room."""
+        self._lines.append(_event(event, facts))
+
+    def close(self) -> None:
+        """Tell what could not be written."""
+        self._lines.close()
+
+
+def _event(event: str, facts: Mapping[str, object]) -> dict[str, object]:
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return {"time": time, "event": event, **facts}
 
 
 def _environment(command: Sequence[str]) -> dict[str, object]:

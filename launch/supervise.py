@@ -1,8 +1,10 @@
 """Which segment is next, and running one after another to the end of the plan."""
 
+import sys
 from collections.abc import Callable
+from contextlib import closing
 
-from launch.run_dir import RunDir, record_event
+from launch.run_dir import Events, RunDir
 from megamoe.checkpoints import folder as checkpoints
 from megamoe.checkpoints.folder import Progress, latest
 from megamoe.errors import CheckpointError, LaunchError, MegamoeError
@@ -44,23 +46,34 @@ def supervise(run_dir: RunDir, run_segment: Callable[[int], None]) -> None:
     Raises:
         LaunchError: a segment failed, or ended without the checkpoint that ends it.
     """
+    with closing(Events(run_dir.path, say)) as events:
+        _supervise(run_dir, run_segment, events)
+
+
+def say(line: str) -> None:
+    """Write a line for the person who runs this."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()  # before rank 0 writes to the same terminal
+
+
+def _supervise(run_dir: RunDir, run_segment: Callable[[int], None], events: Events) -> None:
     progress = read_progress(run_dir)
     while (index := next_segment(run_dir, progress)) is not None:
         started = {"segment": index, "tokens_seen": progress.tokens_seen if progress else 0}
-        record_event(run_dir.path, "segment_started", started)
+        events.record("segment_started", started)
         try:
             run_segment(index)
         except KeyboardInterrupt:
-            record_event(run_dir.path, "interrupted", {"segment": index})
+            events.record("interrupted", {"segment": index})
             raise
-        except MegamoeError as error:
-            record_event(run_dir.path, "segment_failed", {"segment": index, "error": str(error)})
+        except (MegamoeError, OSError) as error:
+            events.record("segment_failed", {"segment": index, "error": str(error)})
             raise
         progress = read_progress(run_dir)
         if progress is None or progress.segment < index or not progress.segment_done:
             problem = f"{run_dir.path}: segment {index} ended, but no checkpoint says it is done"
-            record_event(run_dir.path, "segment_failed", {"segment": index, "error": problem})
+            events.record("segment_failed", {"segment": index, "error": problem})
             raise LaunchError(f"{problem}; see {run_dir.logs}")
         done = {"segment": index, "step": progress.step, "tokens_seen": progress.tokens_seen}
-        record_event(run_dir.path, "segment_done", done)
-    record_event(run_dir.path, "run_done", {})
+        events.record("segment_done", done)
+    events.record("run_done", {})

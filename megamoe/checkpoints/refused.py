@@ -4,25 +4,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megamoe.errors import CheckpointError
+from megamoe.errors import MegamoeError
+
+_REMEDY = "nothing was kept; mend that, or give another place"
 
 
 @contextmanager
-def one_line(out: Path) -> Iterator[None]:
+def one_line(out: Path, remedy: str = _REMEDY) -> Iterator[None]:
     """Turn what the system refuses into a mistake of one line, with path and reason.
 
     Args:
         out: the folder to write, named where the system names no path.
+        remedy: what was kept and what would do.
 
     Raises:
-        CheckpointError: a file cannot be written or read.
+        MegamoeError: a file cannot be written or read.
     """
     try:
         yield
     except BrokenPipeError:  # whoever read our lines has gone
         raise
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or out}: {error.strerror or error}; nothing was kept; mend that, or give "
-            "another place"
-        ) from error
+        place = error.filename or out
+        raise MegamoeError(f"{place}: {error.strerror or error}; {remedy}") from error

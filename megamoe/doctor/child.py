@@ -116,7 +116,7 @@ def ask_nvidia_smi() -> Facts:
         return {"broken": scrub(f"nvidia-smi: {said}")[:MAX_CAUSE]}
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
     gpus = [
-        {"name": name, "memory_bytes": int(mebibytes) * 2**20, "capability": capability}
+        {"name": name, "memory_bytes": _bytes_of(mebibytes), "capability": capability}
         for name, mebibytes, capability, _ in rows
     ]
     return {"gpus": gpus, "driver": rows[0][3] if rows else None}
@@ -158,6 +158,11 @@ def _gpu(torch: Any, index: int) -> Facts:  # noqa: ANN401  (torch, imported by 
     except Exception as error:  # whatever a driver says
         facts["broken"] = cause(error)
     return facts
+
+
+def _bytes_of(mebibytes: str) -> int | None:
+    """Return the bytes; None for '[N/A]', as of GPUs that share the memory of the processor."""
+    return int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
 
 
 def _is_there(module: str) -> bool:

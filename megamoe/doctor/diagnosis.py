@@ -50,7 +50,7 @@ class Gpu:
     """One GPU."""
 
     name: str
-    memory_bytes: int
+    memory_bytes: int | None  # None where the driver does not say
     compute_capability: str
     problem: str | None
 

@@ -58,10 +58,10 @@ def _gpu_lines(gpus: tuple[Gpu, ...]) -> Iterator[str]:
         yield from _entry("GPUs", "none")
     for index, gpu in enumerate(gpus):
         problem = f"; does not compute: {gpu.problem}" if gpu.problem else ""
+        memory = gigabytes(gpu.memory_bytes) if gpu.memory_bytes else "memory unknown"
         yield from _entry(
             f"GPU {index}",
-            f"{gpu.name}, {gigabytes(gpu.memory_bytes)}, compute capability "
-            f"{gpu.compute_capability}{problem}",
+            f"{gpu.name}, {memory}, compute capability {gpu.compute_capability}{problem}",
         )
 
 

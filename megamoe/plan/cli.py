@@ -69,9 +69,16 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         sys.stdout.write("write it with -o plan.json\n")
     else:
-        write_plan(args.output, plan)
+        _write(args.output, plan)
         sys.stdout.write(f"wrote {args.output}, digest {digest(plan)[:12]}\n")
     return 0
+
+
+def _write(path: Path, plan: Plan) -> None:
+    try:
+        write_plan(path, plan)
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}; mend that, or give another -o") from error
 
 
 def options_from_args(args: argparse.Namespace) -> Options:

@@ -75,7 +75,18 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file by a durable new one in a single step."""
+    """Replace a file by a durable new one in a single step.
+
+    Raises:
+        OSError: it cannot be written; names the file, which is as it was.
+    """
+    try:
+        _write_text_atomically(path, text)
+    except OSError as error:  # of a file with a name of chance, or of none
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_text_atomically(path: Path, text: str) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

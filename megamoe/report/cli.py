@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megamoe.checkpoints.refused import one_line
 from megamoe.report.write import write_report
 
 _EPILOG = """example:
@@ -20,6 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where it is."""
-    for name, file in write_report(args.run_dir):
+    with one_line(args.run_dir, "mend that and give the command again"):
+        files = write_report(args.run_dir)
+    for name, file in files:
         sys.stdout.write(f"{name:<10}  {file}\n")
     return 0

@@ -1,5 +1,6 @@
 """What a person sees of a run: one live bar on a terminal, a line now and then elsewhere."""
 
+import errno
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -72,12 +73,21 @@ class LineConsole:
         """Write a line."""
         self._write(save_line(result, self._pace.segment))
 
+    def say(self, line: str) -> None:
+        """Write a line that is of no step."""
+        self._write(line)
+
     def close(self) -> None:
         """Nothing is open."""
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except OSError as error:
+            # Into a file on a full disk: no reason to end a run, and metrics.jsonl has it all.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 class BarConsole:
@@ -118,6 +128,10 @@ class BarConsole:
     def record_save(self, result: SaveResult) -> None:
         """Print above the bar."""
         self._progress.console.print(save_line(result, self._pace.segment), highlight=False)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar that is of no step."""
+        self._progress.console.print(line, highlight=False, markup=False)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

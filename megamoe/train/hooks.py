@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megamoe.checkpoints.refused import one_line
 from megamoe.errors import TrainingError
 from megamoe.plan.json import to_json
 from megamoe.plan.plan import Plan, Segment
@@ -74,20 +75,20 @@ def open_recorders(
         recording: what to open beside metrics.jsonl and the console.
 
     Raises:
-        TrainingError: a library that was asked for is not installed.
+        MegamoeError: a library that was asked for is not installed, or a file cannot be written.
     """
     with ExitStack() as stack:
-        recorders: list[Recorder] = [MetricsFile(run_dir, plan, segment, steps_done)]
-        stack.enter_context(closing(recorders[0]))
-        if recording.tensorboard:
-            recorders.append(TensorBoard(run_dir, plan, segment, steps_done))
-            stack.enter_context(closing(recorders[-1]))
-        if recording.wandb is not None:
-            recorders.append(WeightsAndBiases(run_dir, plan, segment, recording.wandb))
-            stack.enter_context(closing(recorders[-1]))
-        recorders.append(open_console(sys.stdout, segment))
-        stack.enter_context(closing(recorders[-1]))
-        yield recorders
+        console = stack.enter_context(closing(open_console(sys.stdout, segment)))
+        with one_line(run_dir, f"mend that, then `megamoe run {run_dir}`"):
+            metrics = MetricsFile(run_dir, plan, segment, steps_done, console.say)
+            recorders: list[Recorder] = [stack.enter_context(closing(metrics))]
+            if recording.tensorboard:
+                board = TensorBoard(run_dir, plan, segment, steps_done, console.say)
+                recorders.append(stack.enter_context(closing(board)))
+            if recording.wandb is not None:
+                run = WeightsAndBiases(run_dir, plan, segment, recording.wandb)
+                recorders.append(stack.enter_context(closing(run)))
+        yield [*recorders, console]
 
 
 def make_hooks(segment: Segment, recorders: Sequence[Recorder]) -> list[Hook]:
@@ -175,17 +176,27 @@ def is_due(segment: Segment, every: int, step: int) -> bool:
 class TensorBoard:
     """Writes RUN/tensorboard; the horizontal axis is tokens seen.
 
+    Where that cannot be written, as on a full disk, it ends and says so; training goes on.
+
     Args:
         run_dir: the run folder.
         plan: the run's plan.
         segment: what runs now.
         steps_done: steps of the run before the first one now.
+        say: is told, in a line, what could not be written.
 
     Raises:
         TrainingError: the library is not installed.
     """
 
-    def __init__(self, run_dir: Path, plan: Plan, segment: Segment, steps_done: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        plan: Plan,
+        segment: Segment,
+        steps_done: int,
+        say: Callable[[str], None],
+    ) -> None:
         """Open the files; what a continued run will do again is marked as void."""
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -196,26 +207,47 @@ class TensorBoard:
         tokens = segment.tokens_start + position_at_step(
             segment.batch_ramp, segment.seq_len, in_segment
         )
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=tokens + 1)
+        self._folder, self._say = run_dir / "tensorboard", say
+        self._writer: Any = SummaryWriter(str(self._folder), purge_step=tokens + 1)
 
     def record_step(self, result: StepResult) -> None:
         """Write every number of the step."""
         for tag, value in scalars(step_record(result, self._plan, self._segment)):
-            self._writer.add_scalar(f"train/{tag}", value, result.tokens_seen)
+            self._add(f"train/{tag}", value, result.tokens_seen)
 
     def record_evals(self, results: Sequence[EvalResult]) -> None:
         """Write held-out losses."""
         for result in results:
             tag = f"heldout_loss_nats_per_token/{result.source}"
-            self._writer.add_scalar(tag, result.loss, result.tokens_seen)
+            self._add(tag, result.loss, result.tokens_seen)
 
     def record_save(self, result: SaveResult) -> None:
         """Write how long training stood still."""
-        self._writer.add_scalar("save/stall_seconds", result.stall_seconds, result.tokens_seen)
+        self._add("save/stall_seconds", result.stall_seconds, result.tokens_seen)
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._end(error)
+
+    def _add(self, tag: str, value: float, tokens_seen: int) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.add_scalar(tag, value, tokens_seen)
+        except OSError as error:  # of its thread, which has ended: it writes nothing any more
+            self._end(error)
+
+    def _end(self, error: OSError) -> None:
+        writer, self._writer = self._writer, None
+        with suppress(OSError):
+            writer.close()
+        self._say(
+            f"{self._folder}: {error.strerror or error}; nothing more of this segment is written "
+            "there; metrics.jsonl has all of it"
+        )
 
 
 class WeightsAndBiases:

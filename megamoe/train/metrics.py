@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megamoe.plan.flops import train_flops_per_token
 from megamoe.plan.json import write_text_atomically
+from megamoe.plan.lines import LinesFile
 from megamoe.plan.plan import Plan, Segment
 from megamoe.step import EvalResult, SaveResult, StepResult
 
@@ -113,44 +113,49 @@ def save_record(result: SaveResult) -> Record:
 class MetricsFile:
     """Appends records to RUN/metrics.jsonl, each on its way to disk when the call returns.
 
+    Those of a while without room wait in memory; nothing is raised for them.
+
     Args:
         run_dir: the run folder.
         plan: the run's plan.
         segment: what runs now.
         steps_done: steps of the checkpoint that is continued. Later records are dropped first, so
             each step stands once.
+        say: is told, a line at a time, what could not be written.
     """
 
-    def __init__(self, run_dir: Path, plan: Plan, segment: Segment, steps_done: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        plan: Plan,
+        segment: Segment,
+        steps_done: int,
+        say: Callable[[str], None],
+    ) -> None:
         """Drop what will be done again and open the file."""
         self._plan, self._segment = plan, segment
         path = run_dir / "metrics.jsonl"
         drop_after(path, steps_done)
         units = json.dumps(UNITS, indent=2) + "\n"
         write_text_atomically(run_dir / "metrics.units.json", units)
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = LinesFile(path, say)
 
     def record_step(self, result: StepResult) -> None:
         """Append a step."""
-        self._append(step_record(result, self._plan, self._segment))
+        self._lines.append(step_record(result, self._plan, self._segment))
 
     def record_evals(self, results: Sequence[EvalResult]) -> None:
         """Append an evaluation, a record a source."""
         for result in results:
-            self._append(eval_record(result))
+            self._lines.append(eval_record(result))
 
     def record_save(self, result: SaveResult) -> None:
         """Append a save, as soon as it has ended: some steps after the one it is of."""
-        self._append(save_record(result))
+        self._lines.append(save_record(result))
 
     def close(self) -> None:
-        """Make all of it durable."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def _append(self, record: Record) -> None:
-        self._file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Make all of it durable, or tell what could not be written."""
+        self._lines.close()
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -13,7 +13,7 @@ from megamoe.plan.json import read_plan
 from tests.mcore.converted import MODELS
 from tests.mcore.test_convert_audit import NAME, exported, random_tensors, write_run
 from tests.mcore.test_convert_tokenizer import data_with
-from tests.mcore.test_disk_full import SIZE, tmpfs
+from tests.unit.disks import SIZE, tmpfs
 
 ROOM = 60_000  # bytes; the tiny models have some 200,000 bytes of weights
 

@@ -154,6 +154,36 @@ def test_a_part_of_another_package_that_lacks_what_it_needs_is_absent(tmp_path, 
     assert probe_package("outer.other") == {"absent": True}
 
 
+def fake_nvidia_smi(folder: Path, *rows: str) -> None:
+    """Write a program that answers as the driver's does."""
+    folder.mkdir()
+    script = "\n".join(["#!/bin/sh", "cat <<'END'", *rows, "END", ""])
+    (folder / "nvidia-smi").write_text(script)
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("said", "memory_bytes", "shown"),
+    [
+        ("143771", 143_771 * 2**20, "NVIDIA GB10, 150.8 GB, compute capability 12.1"),
+        ("[N/A]", None, "NVIDIA GB10, memory unknown, compute capability 12.1"),
+        ("[Not Supported]", None, "NVIDIA GB10, memory unknown, compute capability 12.1"),
+    ],
+)
+def test_a_gpu_whose_memory_the_driver_does_not_count_is_a_gpu(
+    said, memory_bytes, shown, tmp_path, monkeypatch
+):
+    fake_nvidia_smi(tmp_path / "bin", f"NVIDIA GB10, {said}, 12.1, 580.95.05")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.defpath}")
+    [facts] = probe_all({"smi": ("nvidia-smi",)}, limit_s=LIMIT_S, at_once=1).values()
+    gpu = {"name": "NVIDIA GB10", "memory_bytes": memory_bytes, "capability": "12.1"}
+    assert facts == {"gpus": [gpu], "driver": "580.95.05"}
+    found = diagnosis(**{"nvidia-smi": facts})
+    assert [problem.what for problem in found.problems] == ["torch is a CPU build and sees no GPU"]
+    assert shown in as_text(found)
+    assert json.loads(as_json(found))["gpus"][0]["memory_bytes"] == memory_bytes
+
+
 # What is said is fit to be shown.
 
 

@@ -12,6 +12,7 @@ import pytest
 from launch.local import LocalJob, run_job, train_command
 from launch.lock import hold_lock
 from megamoe.errors import LaunchError
+from tests.unit.disks import room
 from tests.unit.test_launch_lock import is_gone, wait_until
 
 
@@ -83,6 +84,11 @@ def test_a_second_start_appends_to_the_logs(tmp_path):
     for _ in range(2):
         run(tmp_path, WRITE_ENVIRONMENT, num_ranks=1)
     assert (tmp_path / "logs" / "segment-3-rank-0.log").read_text() == "err of 0\n" * 2
+
+
+def test_ranks_run_where_there_is_no_room_for_their_names(tmp_path):
+    with hold_lock(tmp_path) as lock, room(0):
+        run_job(job(tmp_path, "pass"), lock)
 
 
 RANK_1_FAILS = """

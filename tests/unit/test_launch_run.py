@@ -1,6 +1,7 @@
 """`megamoe run` from the first line to the report, with ranks that only pretend to train."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ from launch.cli_run import train_here
 from launch.lock import hold_lock
 from megamoe.__main__ import main
 from megamoe.checkpoints import folder as files
-from megamoe.errors import LaunchError
+from megamoe.errors import LaunchError, MegamoeError
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.json import digest, write_plan
 from tests.unit import saved
+from tests.unit.disks import room, tmpfs
 from tests.unit.test_plan_build import CPU, RECIPE, data_folder
 
 PLAN = build_plan(RECIPE, CPU, Options())
@@ -161,6 +163,88 @@ def test_a_plan_for_many_nodes_is_refused(tmp_path):
     plan = build_plan(RECIPE, replace(CPU, num_nodes=2, devices_per_node=1), Options())
     with pytest.raises(LaunchError, match="is planned for 2 nodes of 'local'"):
         train_here(tmp_path, plan, {}, ranks(tmp_path))
+
+
+def mistake(capsys):
+    """What the command said, in one line."""
+    said = capsys.readouterr().err
+    assert said.startswith("megamoe: error: ")
+    assert said.count("\n") == 1
+    return said.removeprefix("megamoe: error: ")
+
+
+AGAIN = "; mend that and give the command again, or give another --run-dir"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder", "reason"),
+    [
+        ("checkpoints", False, "File exists"),
+        ("logs", False, "File exists"),
+        ("lock", True, "Is a directory"),
+        ("events.jsonl", True, "Is a directory"),
+    ],
+)
+def test_what_stands_in_the_way_in_a_run_folder_is_named(tmp_path, capsys, name, is_folder, reason):
+    write_plan(tmp_path / "plan.json", PLAN)
+    obstacle = tmp_path / name
+    obstacle.mkdir() if is_folder else obstacle.touch()
+    assert main(["run", str(tmp_path)]) == 2
+    assert mistake(capsys) == f"{obstacle}: {reason}{AGAIN}\n"
+
+
+def test_a_file_is_no_place_for_a_run(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for path, place, reason in (
+        (file, file, "File exists"),
+        (file / "run", file / "run", "Not a directory"),
+    ):
+        with pytest.raises(MegamoeError) as caught:
+            train_here(path, PLAN, {}, ranks(path))
+        assert str(caught.value) == f"{place}: {reason}{AGAIN}"
+
+
+@pytest.mark.parametrize(("num_bytes", "place"), [(0, ""), (300, "/environment.json")])
+def test_a_run_does_not_begin_where_there_is_no_room(tmp_path, num_bytes, place):
+    run = tmp_path / "run"
+    with room(num_bytes), pytest.raises(MegamoeError) as caught:
+        train_here(run, PLAN, {}, ranks(run))
+    assert str(caught.value) == f"{run}{place}: File too large{AGAIN}"
+    assert train_here(run, PLAN, {}, ranks(run)) == 0
+    assert events(run)[0] == "created"
+
+
+def test_a_place_that_may_not_be_written_is_named(tmp_path):
+    with tmpfs(tmp_path):
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        with pytest.raises(MegamoeError) as caught:
+            train_here(tmp_path / "run", PLAN, {}, ranks(tmp_path / "run"))
+    assert str(caught.value) == f"{tmp_path}/run: Read-only file system{AGAIN}"
+
+
+def test_a_pointer_that_cannot_be_written_when_falling_back_is_named(tmp_path, capsys):
+    run = tmp_path / "run"
+    train_here(run, PLAN, {}, ranks(run))
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").mkdir()
+    assert main(["run", str(run), "--fallback"]) == 2
+    assert mistake(capsys) == f"{run}/checkpoints/latest: Is a directory{AGAIN}\n"
+
+
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_named(tmp_path, capsys):
+    run = tmp_path / "run"
+    train_here(run, PLAN, {}, ranks(run))
+    older, newer = files.all_checkpoints(run / "checkpoints")
+    with tmpfs(newer):  # hides its files, and holds its name
+        assert main(["run", str(run), "--fallback"]) == 2
+    assert mistake(capsys) == f"{newer}: Device or resource busy{AGAIN}\n"
+    assert files.latest(run / "checkpoints") == older
+
+
+def test_a_name_that_no_file_can_have_is_a_mistake(capsys):
+    assert main(["run", "x" * 300]) == 2
+    assert "File name too long; give a recipe, or a run folder that can be read" in mistake(capsys)
 
 
 TINY = ["run", "vaetki_7b_a1b", "--scale", "tiny"]

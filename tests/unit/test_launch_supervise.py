@@ -1,6 +1,7 @@
 """Segment after segment, across starts, with everything that happened on record."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 
@@ -10,6 +11,7 @@ from megamoe.errors import CheckpointError, LaunchError, PlanError
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.json import digest
 from tests.unit import saved
+from tests.unit.disks import room
 from tests.unit.test_plan_build import CPU, RECIPE
 
 PLAN = build_plan(RECIPE, CPU, Options())
@@ -136,6 +138,49 @@ def test_an_interrupt_is_on_record(run_dir):
     with pytest.raises(KeyboardInterrupt):
         supervise(run_dir, interrupt)
     assert events(run_dir)[-1]["event"] == "interrupted"
+
+
+def test_events_of_a_while_without_room_follow_and_the_run_goes_on(run_dir, capsys):
+    with ExitStack() as disk:
+
+        def run_segment(index):
+            disk.close()
+            save(run_dir, index, done=True, tokens=100 * (index + 1))
+            if index == 0:
+                disk.enter_context(room(0))
+
+        supervise(run_dir, run_segment)
+    assert [event["event"] for event in events(run_dir)] == [
+        "created",
+        "segment_started",
+        "segment_done",
+        "segment_started",
+        "segment_done",
+        "run_done",
+    ]
+    place = run_dir.path / "events.jsonl"
+    assert capsys.readouterr().out == (
+        f"{place}: File too large; its lines wait in memory until they can be written\n"
+    )
+
+
+def test_events_that_never_found_room_are_told_at_the_end(run_dir, capsys):
+    def fail(_):
+        raise LaunchError("rank 1 ended")
+
+    with room(0), pytest.raises(LaunchError, match="rank 1 ended"):
+        supervise(run_dir, fail)
+    assert len(events(run_dir)) == 1
+    assert capsys.readouterr().out.endswith("events.jsonl: File too large; 2 lines are lost\n")
+
+
+def test_what_the_system_refuses_while_a_segment_starts_is_on_record(run_dir):
+    def refuse(_):
+        raise OSError(24, "Too many open files")
+
+    with pytest.raises(OSError, match="Too many open files"):
+        supervise(run_dir, refuse)
+    assert events(run_dir)[-1]["event"] == "segment_failed"
 
 
 def test_a_checkpoint_of_another_plan_is_refused(run_dir):

@@ -1,6 +1,7 @@
 """What a person sees: a bar on a terminal, lines elsewhere."""
 
 import io
+import os
 
 import pytest
 
@@ -83,3 +84,28 @@ def test_a_terminal_gets_one_live_bar(monkeypatch):
 )
 def test_times_read_as_people_say_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_lines_into_a_file_on_a_full_disk_end_nothing():
+    with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
+        stream = io.TextIOWrapper(full, write_through=True)
+        steps_to(LineConsole(stream, SEGMENT), 3)
+        stream.detach()
+
+
+def test_lines_that_nobody_reads_any_more_end_the_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as pipe:  # noqa: PTH123
+        stream = io.TextIOWrapper(pipe, write_through=True)
+        with pytest.raises(BrokenPipeError):
+            LineConsole(stream, SEGMENT)
+        stream.detach()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_a_line_of_no_step_is_said_whole(stream):
+    console = open_console(stream, SEGMENT)
+    console.say("runs/[a]/metrics.jsonl: 3 lines are lost")
+    console.close()
+    assert "runs/[a]/metrics.jsonl: 3 lines are lost" in stream.getvalue()

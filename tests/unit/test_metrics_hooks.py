@@ -3,10 +3,11 @@
 import argparse
 import importlib.util
 import sys
+import threading
 
 import pytest
 
-from megamoe.errors import CheckpointError, TrainingError
+from megamoe.errors import CheckpointError, MegamoeError, TrainingError
 from megamoe.train.hooks import (
     Recording,
     add_recording_arguments,
@@ -17,6 +18,7 @@ from megamoe.train.hooks import (
     recording_the_last_save,
     scalars,
 )
+from tests.unit.disks import room
 from tests.unit.test_metrics_records import PLAN, SEGMENT, measured, records, result, saved
 
 SECOND = PLAN.segments[1]  # 28 steps after 147, saved every 5
@@ -165,6 +167,38 @@ def test_a_save_under_way_when_training_fails_is_recorded_before_the_recorders_c
     assert (record["kind"], record["step"], record.get("error")) == ("save", 3, error)
 
 
+def test_a_disk_without_room_for_the_records_is_told_and_they_follow(tmp_path, capsys):
+    place = tmp_path / "metrics.jsonl"
+    with open_recorders(tmp_path, PLAN, SEGMENT, 0, PLAIN) as recorders:
+        with room(0):
+            for step in (1, 2):
+                for recorder in recorders:
+                    recorder.record_step(result(step))
+        assert capsys.readouterr().out.count(f"{place}: File too large; its lines wait") == 1
+        recorders[0].record_step(result(3))
+        assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+
+
+def test_records_that_never_found_room_are_told_at_the_end(tmp_path, capsys):
+    opened = open_recorders(tmp_path, PLAN, SEGMENT, 0, PLAIN)
+    recorders = opened.__enter__()
+    with room(0):
+        recorders[0].record_step(result(1))
+        opened.__exit__(None, None, None)
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/metrics.jsonl: File too large; 1 lines are lost\n" in out
+
+
+def test_records_that_cannot_begin_are_a_mistake_of_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    opened = open_recorders(tmp_path, PLAN, SEGMENT, 0, PLAIN)
+    with (
+        pytest.raises(MegamoeError, match=r"metrics\.jsonl: Is a directory; mend that, then"),
+        opened,
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("recording", "module", "flag"),
     [
@@ -232,3 +266,18 @@ def test_tensorboard_counts_tokens_and_voids_what_is_done_again(tmp_path):
     losses = [(item.step, item.value) for item in events.Scalars("train/loss_nats_per_token")]
     assert losses == [(512, 1.0), (1_024, 1.0), (1_536, 2.0)]
     assert [item.step for item in events.Scalars("heldout_loss_nats_per_token/korean")] == [1_536]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of the libraries
+def test_tensorboard_without_room_ends_and_says_so(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch.utils.tensorboard")
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # of its thread, which fails
+    recording = Recording(tensorboard=True, wandb=None)
+    with open_recorders(tmp_path, PLAN, SEGMENT, 0, recording) as recorders:
+        with room(2_000):
+            for step in range(1, 100):
+                recorders[1].record_step(result(step))
+        recorders[1].record_step(result(100))
+    said = f"{tmp_path}/tensorboard: File too large; nothing more of this segment is written there"
+    assert capsys.readouterr().out.count(said) == 1

@@ -86,7 +86,7 @@ def test_bytes_of_context_parallelism_are_told_by_kind_of_layer():
 
 
 def open_file(folder, steps_done=0):
-    return MetricsFile(folder, PLAN, SEGMENT, steps_done)
+    return MetricsFile(folder, PLAN, SEGMENT, steps_done, print)
 
 
 def records(folder):

@@ -75,6 +75,14 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
     assert printed.count("\n") == 1
 
 
+def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path, capsys):
+    path = tmp_path / "none" / "plan.json"
+    assert main([*TINY, "--nproc", "2", "-o", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"megamoe: error: {path}: No such file or directory; mend that, or give another -o\n"
+    )
+
+
 def test_a_cluster_may_be_a_file_of_ones_own(tmp_path):
     text = (
         'device="cuda"\ndevice_name="H100 SXM"\ndevices_per_node=4\nmemory_bytes=80_000_000_000\n'

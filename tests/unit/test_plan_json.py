@@ -164,7 +164,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/plan\.json'"):
         write_plan(path, replace(PLAN, seed=7))
     assert read_plan(path) == PLAN
     assert [item.name for item in tmp_path.iterdir()] == ["plan.json"]

@@ -60,7 +60,7 @@ def simulate(path, plan, stop_after=None):
     noise = random.Random(0)
     run_dir = settle_run_dir(path, plan, {"tokens_asked": [100_000, 7_000]})
     for segment in plan.segments:
-        file = MetricsFile(path, plan, segment, segment.steps_start)
+        file = MetricsFile(path, plan, segment, segment.steps_start, print)
         for step in range(1, segment.num_steps + 1):
             result = step_result(segment, step, noise)
             if stop_after is not None and result.step > stop_after:
@@ -203,7 +203,7 @@ def test_a_run_without_a_step_has_a_report(tmp_path, plan):
 @needs_matplotlib
 def test_a_loss_that_is_not_a_number_is_shown_as_such(tmp_path, plan):
     simulate(tmp_path / "run", plan, stop_after=30)
-    file = MetricsFile(tmp_path / "run", plan, plan.segments[0], 30)
+    file = MetricsFile(tmp_path / "run", plan, plan.segments[0], 30, print)
     result = step_result(plan.segments[0], 31, random.Random(1))
     file.record_step(replace(result, loss=math.nan, grad_norm=math.inf))
     file.close()
@@ -223,6 +223,16 @@ def test_names_cannot_inject_markup():
     assert "<script>" not in html
     assert "<script>alert(1)</script>" in parsed(html).text
     assert "| a\\|b |" in to_markdown(page)
+
+
+def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path, plan, capsys):
+    run = tmp_path / "run"
+    simulate(run, plan, stop_after=3)
+    (run / "report.html").mkdir()
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"megamoe: error: {run}/report.html: Is a directory; mend that and give the command again\n"
+    )
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path, plan):
