@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         _check_writable(args.json)
     bound = BOUNDS[args.dtype] if args.bound is None else args.bound
+    if not (math.isfinite(bound) and bound >= 0):
+        raise PlanError(f"--bound: {bound} is no relative difference; give a number from 0 on")
     if args.dtype == "float64":
         from megamoe.mcore import double
 

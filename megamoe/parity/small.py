@@ -34,11 +34,12 @@ VOCAB = 128
 EXPERTS = 16  # twice those of --scale tiny,
 WORDS = 6  # and so few words in the text, that some experts get no token of a whole batch
 
-# With beta1 0 exp_avg is the gradient, clipped. Adam divides it by its size plus eps: with eps 1 an
-# error of a gradient moves a weight by at most lr times that error; with the usual 1e-8 rounding alone
-# can turn a step around, and what the second step measures is another model.
+# With beta1 0 exp_avg is the gradient: not clipped, or one that is wrong would change all others. Adam
+# divides it by its size plus eps: with eps 1 an error of a gradient moves a weight by at most lr times
+# that error; with the usual 1e-8 rounding alone can turn a step around, and what the second step
+# measures is another model.
 ADAM = AdamW(
-    beta1=0.0, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1.0, moments_dtype="float32"
+    beta1=0.0, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1e6, moments_dtype="float32"
 )
 RATE = LearningRate(peak=0.5, final=None, warmup_tokens=0, decay_tokens=0, decay="linear")
 
@@ -129,7 +130,8 @@ def _model(model: Model) -> Model:
 
 def _attention(attention: MLA | GQA) -> MLA | GQA:
     if isinstance(attention, GQA):
-        return replace(attention, head_dim=2 * HEAD)
+        # Two, so that tp 2 splits them, as the layouts of the recipes do, and tp 4 shares one.
+        return replace(attention, num_kv_heads=2, head_dim=2 * HEAD)
     return replace(
         attention,
         q_lora_rank=None if attention.q_lora_rank is None else HIDDEN // 2,

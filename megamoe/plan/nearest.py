@@ -32,9 +32,10 @@ class Asked:
 
 def remedies(asked: Asked) -> str:
     """Return what would do instead: '; use world size 16 or 32; nearest possible layout: dp4 tp2'."""
-    found = [*_worlds(asked), *_sequences(asked), *_batches(asked)]
+    worlds = list(_worlds(asked))
+    found = [*worlds, *_sequences(asked), *_batches(asked)]
     layout, size = nearest_layout(asked), asked.world_size
-    while layout is None and not found and size > 1:  # one rank is always possible
+    while layout is None and not worlds and size > 1:  # one rank is always possible
         size = 2 ** ((size - 1).bit_length() - 1)  # the next power of two below
         layout = nearest_layout(replace(asked, world_size=size))
     if layout is not None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from megamoe import __main__ as command
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Megatron-core, about itself
     import torch
+    from megatron.core.transformer import transformer_block, transformer_layer
 
     from megamoe.mcore import cpu
 
@@ -100,12 +102,21 @@ def _positions_from_zero_on_each_shard() -> Any:
 
 
 def _chunks_of_a_pipeline_rank_swapped() -> Any:
+    """Have each chunk hold the layers of its rank's other one: those of another place, of the same kinds."""
     offset = spec.get_transformer_layer_offset
 
-    def swapped(config: Any, vp_stage: int | None = None) -> int:
-        return offset(config, vp_stage=None if vp_stage is None else 1 - vp_stage)
+    def swapped(config: Any, vp_stage: int | None = None, *others: Any) -> int:
+        return offset(config, None if vp_stage is None else 1 - vp_stage, *others)
 
-    return mock.patch.object(spec, "get_transformer_layer_offset", swapped)
+    stack = ExitStack()
+    for module in (spec, transformer_block, transformer_layer):
+        stack.enter_context(mock.patch.object(module, "get_transformer_layer_offset", swapped))
+    return stack
+
+
+def _table_of_both_ends_not_summed() -> Any:
+    finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # a function hides it
+    return mock.patch.object(finalize, "_allreduce_word_embedding_grads")
 
 
 def _same_samples_on_all_ranks() -> Any:
@@ -231,10 +242,16 @@ MUTATIONS = {
         plant=_positions_from_zero_on_each_shard,
     ),
     "vpp_chunk": Mutation(
-        what="kinds of layers of the two chunks of a pipeline rank swapped",
-        recipe="k_exaone_236b_a23b",
+        what="layers of the two chunks of a pipeline rank swapped",
+        recipe="keural_14b",
         layout="pp2xvpp2",
         plant=_chunks_of_a_pipeline_rank_swapped,
+    ),
+    "tied_table": Mutation(
+        what="gradients of a table for both ends of the pipeline not summed over them",
+        recipe="keural_14b",
+        layout="pp2",
+        plant=_table_of_both_ends_not_summed,
     ),
     "samples": Mutation(
         what="all data-parallel ranks read the samples of the first",

@@ -45,7 +45,7 @@ ALL = ",".join(layout for layout in DEFAULT.split(",") if layout != EIGHT) + f",
 # decoder layer.
 MORE = {
     "vaetki_7b_a1b": f"{EIGHT},cp2xring,tp2xcp2xheads,pp3xE|tttt|L,pp2xvpp2xEt|tt|t|L",
-    "k_exaone_236b_a23b": f"{EIGHT},cp2xheads,cp2xring,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8,"
+    "k_exaone_236b_a23b": f"{EIGHT},tp4,cp2xheads,cp2xring,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8,"
     "tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather,"
     "pp3xEt|ttt|mL,pp2xvpp2xE|tt|tt|mL,tp2xpp2xcp2xE|ttttmL",
     "keural_14b": "pp3xEt|ttt|L,pp2xvpp2xE|tt|tt|L",
@@ -203,3 +203,17 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(tmp_path):
         "megamoe: error: layout tp8: vaetki_7b_a1b/general: model.attention.num_heads 4 is not a "
         "multiple of tp 8; nearest possible layout: dp2 tp4\n"
     )
+
+
+@pytest.mark.parametrize("bound", ["nan", "inf", "-1"])
+def test_a_bound_that_bounds_nothing_is_refused(tmp_path, bound):
+    done = parity(tmp_path, "keural_14b", "--layouts", "tp2", "--bound", bound)
+    assert done.returncode == 2
+    assert f"--bound: {float(bound)} is no relative difference; give a number" in done.stderr
+
+
+def test_a_layout_that_fits_no_world_is_refused_with_one_that_does(tmp_path):
+    """The length of a sequence is the command's own; what would do instead must not end there."""
+    done = parity(tmp_path, "k_exaone_236b_a23b", "--layouts", "cp3")
+    assert done.returncode == 2
+    assert done.stderr.endswith("nearest possible layout on world size 2: dp1 cp2\n")
