@@ -27,6 +27,8 @@ from megamoe.plan.plan import Data, Plan, Segment, Shard
 # where the document of each token begins, of the whole sequence on every rank.
 Batch = dict[str, Tensor]
 
+_COUNTED_AT_ONCE = 1 << 20  # samples: numpy counts in a copy of eight bytes each
+
 
 @dataclass(frozen=True, slots=True)
 class _Vocabulary:
@@ -46,15 +48,9 @@ class TrainingText:
     """The samples of one segment, in the order every layout sees them."""
 
     def __init__(self, plan: Plan, segment: Segment, cache: Path) -> None:
-        """Build or open the sample index; the first rank writes it to `cache`.
-
-        Raises:
-            DataError: a shard is missing, or is not the one the plan was made with.
-        """
+        """Build or open the sample index; the first rank writes it to `cache`."""
         assert plan.data is not None, "a plan without data cannot be trained"
         folder = Path(plan.data.folder)
-        for source in segment.sources:
-            check_shard(folder, source.shard)
         prefixes = [str(folder / source.shard.prefix) for source in segment.sources]
         weights = [source.weight for source in segment.sources]
         config = GPTDatasetConfig(
@@ -76,17 +72,26 @@ class TrainingText:
         self.sources = [source.name for source in segment.sources]
         self.seq_len = segment.seq_len
         self.end_id = _end_id(plan.data, segment)
+        self._counted = 0  # samples, and how many of them are of each source
+        self._counts = numpy.zeros(len(self.sources), dtype=numpy.int64)
 
     def tokens_drawn(self, sequences: int) -> tuple[tuple[str, int], ...]:
-        """Return how many tokens the first `sequences` samples took from each source."""
+        """Return how many tokens the first `sequences` samples took from each source.
+
+        Only those since the last call are counted: a stage has billions, and each save asks.
+        """
         if len(self.sources) == 1:
-            counts = [sequences]
-        else:
-            drawn = self.samples.dataset_index[:sequences]
-            counts = numpy.bincount(drawn, minlength=len(self.sources)).tolist()
+            return ((self.sources[0], sequences * self.seq_len),)
+        if sequences < self._counted:
+            self._counted, self._counts = 0, numpy.zeros_like(self._counts)
+        while self._counted < sequences:
+            end = min(self._counted + _COUNTED_AT_ONCE, sequences)
+            drawn = self.samples.dataset_index[self._counted : end]
+            self._counts += numpy.bincount(drawn, minlength=len(self.sources))
+            self._counted = end
         return tuple(
             (source, count * self.seq_len)
-            for source, count in zip(self.sources, counts, strict=True)
+            for source, count in zip(self.sources, self._counts.tolist(), strict=True)
         )
 
     def micro_batches(self, start: int, sequences: int, micro_batch: int) -> Iterator[Batch]:
@@ -146,7 +151,6 @@ class HeldoutText(Windows):
 
     def __init__(self, data: Data, shard: Shard, segment: Segment, tokens: int) -> None:
         """Read at most `tokens` tokens of the shard; documents are masked as in training."""
-        check_shard(Path(data.folder), shard)
         text = read_tokens(Path(data.folder) / shard.prefix, tokens)
         super().__init__(text, segment.seq_len, data.pad_id, _end_id(data, segment))
 
@@ -163,16 +167,30 @@ def read_tokens(prefix: Path, tokens: int) -> numpy.typing.NDArray[numpy.int64]:
     return numpy.concatenate(documents).astype(numpy.int64)[: tokens + 1]
 
 
-def check_shard(folder: Path, shard: Shard) -> None:
-    """Raise DataError unless both files of a shard are there and the index is the planned one."""
+def check_shards(data: Data, segment: Segment) -> None:
+    """Compare what a segment reads with what its plan was made with, the work shared among all ranks.
+
+    Raises:
+        DataError: on every rank: a file of a shard is missing, or the index is not the planned one.
+    """
+    folder = Path(data.folder)
+    shards = [*(source.shard for source in segment.sources), *(shard for _, shard in data.heldout)]
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    problem = None
+    for shard in shards[rank::world]:
+        problem = problem or _problem_of(folder, shard)
+    if found := groups.first_problem(problem):
+        raise DataError(f"{found}; restore it or plan again")
+
+
+def _problem_of(folder: Path, shard: Shard) -> str | None:
     for suffix in (".bin", ".idx"):
         if not (folder / f"{shard.prefix}{suffix}").is_file():
-            raise DataError(f"{folder}/{shard.prefix}{suffix} is missing; restore it or plan again")
-    index = (folder / f"{shard.prefix}.idx").read_bytes()
-    if hashlib.sha256(index).hexdigest() != shard.sha256_idx:
-        raise DataError(
-            f"{folder}/{shard.prefix}.idx changed since the plan was made; restore it or plan again"
-        )
+            return f"{folder}/{shard.prefix}{suffix} is missing"
+    with (folder / f"{shard.prefix}.idx").open("rb") as index:
+        if hashlib.file_digest(index, "sha256").hexdigest() != shard.sha256_idx:
+            return f"{folder}/{shard.prefix}.idx changed since the plan was made"
+    return None
 
 
 def make_batch(samples: list[dict[str, Tensor]], end_id: int | None) -> Batch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megamoe.checkpoints import folder as files
 from megamoe.errors import CheckpointError, TrainingError
 from megamoe.mcore import checkpoint, groups
-from megamoe.mcore.data import Batch, HeldoutText, TrainingText
+from megamoe.mcore.data import Batch, HeldoutText, TrainingText, check_shards
 from megamoe.mcore.dispatchers import settle_dispatcher
 from megamoe.mcore.measure import Measures, measure
 from megamoe.mcore.model import build_model, unwrap
@@ -50,6 +50,8 @@ class Engine:
         self.digest = digest(plan)
         self.chunks = build_model(plan, segment)
         self.optimizer = build_optimizer(plan, segment, self.chunks)
+        assert plan.data is not None, "a plan without data cannot be trained"
+        check_shards(plan.data, segment)
         self.text = TrainingText(plan, segment, run_dir / "cache")
         self.heldout = self._open_heldout()
         self.step = segment.steps_start

@@ -1,4 +1,4 @@
-"""Ranks share the reading of a checkpoint: what one finds is raised by all, in the same line."""
+"""Ranks share the reading of checkpoints and text: what one finds is raised by all, in the same line."""
 
 import json
 import subprocess
@@ -22,6 +22,13 @@ def test_damage_in_any_file_is_raised_on_both_ranks_in_the_same_line(tmp_path):
         json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(WORLD_SIZE)
     )
     assert first == second
+    text = {gone: first.pop(gone) for gone in ("no text", "one.idx", "two.idx")}
+    remedy = "is missing; restore it or plan again"
+    assert text == {
+        "no text": None,
+        "one.idx": f"{tmp_path}/data/one.idx {remedy}",
+        "two.idx": f"{tmp_path}/data/two.idx {remedy}",
+    }
     assert first.keys() == CASES.keys()
     assert first["sound"] is None
     problems = {

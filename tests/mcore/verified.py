@@ -1,4 +1,4 @@
-"""Has two ranks verify checkpoints together, each damaged in another way, for a test to read.
+"""Has two ranks verify checkpoints and text together, each damaged in another way, for a test to read.
 
 Run as a program with a folder: leaves in FOLDER/rank<n>.json what each rank was told, by case.
 Ranks are forks of this process, which does nothing else.
@@ -20,9 +20,10 @@ with warnings.catch_warnings():
 
     cpu.enable()
     from megamoe.mcore import checkpoint, groups
+    from megamoe.mcore.data import check_shards
 
 from megamoe.checkpoints.folder import name_of
-from megamoe.errors import CheckpointError
+from megamoe.errors import CheckpointError, DataError
 from megamoe.plan.plan import Plan
 from tests.mcore import tiny
 from tests.unit import saved
@@ -61,6 +62,7 @@ def _be_rank(plan: Plan, folder: Path, rank: int) -> int:
         )
         groups.form(plan, plan.segments[0])
         told = {case: _told(folder / case / "checkpoints" / name_of(64)) for case in CASES}
+        told |= _told_of_text(plan, folder / "data", rank)
         (folder / f"rank{rank}.json").write_text(json.dumps(told))
         torch.distributed.barrier()
         status = 0
@@ -75,6 +77,30 @@ def _told(found: Path) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def _told_of_text(plan: Plan, folder: Path, rank: int) -> dict[str, str | None]:
+    """Return what a rank is told of text that is whole, then of one shard after another taken away."""
+    told = {}
+    for gone in (
+        "no text",
+        "one.idx",
+        "two.idx",
+    ):  # rank 0 looks at the first shard, rank 1 at the next
+        torch.distributed.barrier()
+        if rank == 0 and gone != "no text":
+            (folder / gone).rename(folder / f"{gone}.gone")
+        torch.distributed.barrier()
+        try:
+            assert plan.data is not None
+            check_shards(plan.data, plan.segments[0])
+            told[gone] = None
+        except DataError as error:
+            told[gone] = str(error)
+        torch.distributed.barrier()
+        if rank == 0 and gone != "no text":
+            (folder / f"{gone}.gone").rename(folder / gone)
+    return told
 
 
 if __name__ == "__main__":
