@@ -21,13 +21,17 @@ from tests.mcore.test_parity import results_of
 from tests.mcore.world import world_of_one
 
 REPOSITORY = Path(__file__).parents[2]
-# K-EXAONE's kind of model with its prediction layer, A.X-K1's on an uneven pipeline.
+# K-EXAONE's kind of model with its prediction layer, A.X-K1's on an uneven pipeline, VAETKI's with its
+# norms after each branch, and Keural's, whose one table both ends of a pipeline have.
 CASES = [
     ("grouped", "tp2"),
     ("grouped", "ep2"),
+    ("grouped", "tp2 etp2"),
     ("grouped", "pp2 vpp2"),
     ("dual", "tp2"),
     ("dual", "pp2"),
+    ("latent", "cp2 heads"),
+    ("softmax", "pp2"),
 ]
 IMPORTED = [("grouped", "dp2"), ("softmax", "pp2")]  # float32 into bfloat16
 
