@@ -141,11 +141,16 @@ def test_a_folder_with_its_own_code_is_used_as_any_other(name, transformed):
     assert found["finite in bfloat16"]
     assert all(weight.endswith("bias") for weight in found["float32 in bfloat16"])
     assert bool(found["float32 in bfloat16"]) == ("yarn" in name)
-    assert found["whole cache"].endswith("not supported by this model; give a DynamicCache")
+    assert found["loss of a sum"] == pytest.approx(found["loss"], abs=TOLERANCE)
+    assert found["whole cache"] == "a StaticCache is not supported; give a DynamicCache"
+    assert found["attentions"] == "attention weights are not returned by this model"
+    assert found["no attentions"] == "none"
+    assert found["renamed"].endswith("got an unexpected keyword argument 'kv_cache'")
     assert "trust_remote_code=True" in found["not trusted"]
     if CODE[name] is not None:
         ids = load_tokenizer(root / name / "tokenizer").encode(PROMPT)
         assert found["ids"] == [ids, ids]
+        assert found["inputs"] == ["attention_mask", "input_ids"]
 
 
 @pytest.mark.slow
