@@ -1,6 +1,7 @@
 """A Hugging Face folder becomes the first checkpoint of a run: weights alone, tensor by tensor."""
 
 import bisect
+import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from megamoe.convert.architectures import (
 from megamoe.convert.config import differences, rotary_is_split
 from megamoe.convert.entries import Entry, entries, useless_norms
 from megamoe.convert.hf_folder import HfFolder, HfTensor, read
+from megamoe.convert.memory import import_bytes, need
 from megamoe.convert.ours import share_tensors
 from megamoe.convert.tokenizer import compare_tokenizer
 from megamoe.convert.weights_only import new_checkpoint
@@ -90,6 +92,7 @@ def from_hf(
             say(_what_is_left_out(source.left_out))
         if remark := compare_tokenizer(folder, plan.data):
             say(remark)
+        say(need(_needed_bytes(source)))
         pairs = _write_weights(new.tensors, source, say)
         for ours, shape in share_tensors(plan.model).items():
             new.tensors.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
@@ -210,6 +213,14 @@ def _remedy(architecture: Architecture, model: Model, names: set[str], wanted: s
 def _what_is_left_out(records: list[audit.Record]) -> str:
     more = f" (and {len(records) - 1:,} more, in {audit.AUDIT})" if len(records) > 1 else ""
     return f"left out: {records[0].name}{more}; the plan's model has no such tensor"
+
+
+def _needed_bytes(source: _Source) -> int:
+    sizes = (
+        math.prod(entry.shape) * (4 if entry.is_float32 else source.dtype.itemsize)
+        for entry in source.entries
+    )
+    return import_bytes(len(source.tensors), max(sizes))
 
 
 def _write_weights(writer: TensorWriter, source: _Source, say: Say) -> list[audit.Pair]:
