@@ -51,6 +51,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     reading.add_argument(
         "--tokens-seen", type=int, default=0, metavar="N", help="where the run begins (default 0)"
     )
+    reading.add_argument(
+        "--ignore-config",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key of config.json that is wrong: the plan overrules it; for each key once more",
+    )
     reading.set_defaults(run=run_from_hf)
 
 
@@ -68,7 +75,13 @@ def run_from_hf(args: argparse.Namespace) -> int:
     """Write the first checkpoint of a run; 0 then."""
     from_hf = _import("megamoe.convert.from_hf").from_hf
     with one_line(args.run_dir):
-        checkpoint = from_hf(args.folder, args.run_dir, tokens_seen=args.tokens_seen, say=_say)
+        checkpoint = from_hf(
+            args.folder,
+            args.run_dir,
+            tokens_seen=args.tokens_seen,
+            say=_say,
+            ignored=args.ignore_config,
+        )
     sys.stdout.write(f"{checkpoint}\n")
     return 0
 

@@ -1,7 +1,8 @@
 """A Hugging Face folder becomes the first checkpoint of a run: weights alone, tensor by tensor."""
 
 import bisect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from megamoe.convert import audit
 from megamoe.convert.architectures import (
     ARCHITECTURES,
     Architecture,
+    Stage,
     problems,
     stage_of,
 )
 from megamoe.convert.config import differences, rotary_is_split
 from megamoe.convert.entries import Entry, entries, useless_norms
 from megamoe.convert.hf_folder import HfFolder, HfTensor, read
+from megamoe.convert.memory import import_bytes, need
 from megamoe.convert.ours import share_tensors
 from megamoe.convert.tokenizer import compare_tokenizer
 from megamoe.convert.weights_only import new_checkpoint
@@ -51,7 +54,14 @@ class _Source:
     dtype: torch.dtype  # of the weights to write
 
 
-def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
+def from_hf(
+    folder: Path,
+    run_dir: Path,
+    *,
+    tokens_seen: int,
+    say: Say,
+    ignored: Collection[str] = (),
+) -> Path:
     """Write the first checkpoint of a run and return its folder.
 
     Args:
@@ -59,6 +69,7 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
         run_dir: holds the plan of the run, and no checkpoint.
         tokens_seen: where the run begins in its plan, at the end of a step.
         say: takes lines on what happens.
+        ignored: keys of config.json that say another model than the plan, which is right.
 
     Raises:
         CheckpointError: the folder is not of the plan's model; a tensor is missing, extra,
@@ -68,15 +79,20 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
     progress = _progress(plan, tokens_seen, run_dir)
     with new_checkpoint(run_dir, progress) as new:
         theirs = HfFolder(folder)
-        architecture = _architecture(theirs, plan, progress.segment)
+        stage = stage_of(plan.model, plan.segments, progress.segment)
+        architecture = _architecture(theirs, stage)
+        overruled = _overruled(theirs, architecture, stage, ignored)
         is_split = rotary_is_split(theirs.config)
         found = list(entries(architecture.table, plan.model, rotary_is_split=is_split))
         source = _source(theirs, architecture, plan.model, found)
         say(f"{folder} is {architecture.model_type}, {len(source.tensors):,} tensors")
+        for difference in overruled:
+            say(f"overruled by the plan: {difference}")
         if source.left_out:
             say(_what_is_left_out(source.left_out))
         if remark := compare_tokenizer(folder, plan.data):
             say(remark)
+        say(need(_needed_bytes(source)))
         pairs = _write_weights(new.tensors, source, say)
         for ours, shape in share_tensors(plan.model).items():
             new.tensors.write(ours, torch.full(shape, 1 / shape[0]))  # even, as a router begins
@@ -85,13 +101,14 @@ def from_hf(folder: Path, run_dir: Path, *, tokens_seen: int, say: Say) -> Path:
             "direction": "from-hf",
             "folder": str(folder.resolve()),
             "model_type": architecture.model_type,
+            "overruled": overruled,
             "left_out": [asdict(record) for record in source.left_out],
         }
         new.notes[audit.AUDIT] = audit.audit_text(facts, pairs).encode()
     return run_dir / "checkpoints" / files.name_of(tokens_seen)
 
 
-def _architecture(theirs: HfFolder, plan: Plan, segment: int) -> Architecture:
+def _architecture(theirs: HfFolder, stage: Stage) -> Architecture:
     place = theirs.path / "config.json"
     model_type = str(theirs.config.get("model_type")).lower()  # A.X-K1 was AXK1 at first
     if model_type not in ARCHITECTURES:
@@ -99,17 +116,38 @@ def _architecture(theirs: HfFolder, plan: Plan, segment: int) -> Architecture:
             f"{place}: model_type {model_type!r} is not known; known: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[model_type]
-    stage = stage_of(plan.model, plan.segments, segment)
     found = list(problems(architecture, stage))
-    if plan.model.mtp is not None and not architecture.has_prediction:
+    if stage.model.mtp is not None and not architecture.has_prediction:
         found.append(f"multi-token prediction (give the plan {WITHOUT_PREDICTION})")
     if found:
         raise CheckpointError(
             f"{place}: {model_type} does not express the plan's model: {found[0]}"
         )
-    if differing := list(differences(architecture, stage, theirs.config)):
-        raise CheckpointError(f"{place}: is of another model than the plan: {'; '.join(differing)}")
     return architecture
+
+
+def _overruled(
+    theirs: HfFolder, architecture: Architecture, stage: Stage, ignored: Collection[str]
+) -> list[str]:
+    """Return where config.json says another model than the plan; all of it must be in ignored keys."""
+
+    def without(*keys: str) -> list[str]:
+        config = {key: value for key, value in theirs.config.items() if key not in keys}
+        return list(differences(architecture, stage, config))
+
+    place, found = theirs.path / "config.json", without()
+    for key in ignored:
+        if without(key) == found:
+            raise CheckpointError(
+                f"{place}: --ignore-config {key}: agrees with the plan, or is not compared"
+            )
+    if differing := without(*ignored):
+        wrong = [key for key in theirs.config if not without(*ignored, key)]
+        remedy = f" (if that is wrong, give --ignore-config {wrong[0]})" if wrong else ""
+        raise CheckpointError(
+            f"{place}: is of another model than the plan: {'; '.join(differing)}{remedy}"
+        )
+    return found
 
 
 def _source(
@@ -175,6 +213,14 @@ def _remedy(architecture: Architecture, model: Model, names: set[str], wanted: s
 def _what_is_left_out(records: list[audit.Record]) -> str:
     more = f" (and {len(records) - 1:,} more, in {audit.AUDIT})" if len(records) > 1 else ""
     return f"left out: {records[0].name}{more}; the plan's model has no such tensor"
+
+
+def _needed_bytes(source: _Source) -> int:
+    sizes = (
+        math.prod(entry.shape) * (4 if entry.is_float32 else source.dtype.itemsize)
+        for entry in source.entries
+    )
+    return import_bytes(len(source.tensors), max(sizes))
 
 
 def _write_weights(writer: TensorWriter, source: _Source, say: Say) -> list[audit.Pair]:

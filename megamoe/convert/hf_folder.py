@@ -50,7 +50,8 @@ class HfFolder:
         """Return all tensors by the names of a table, experts one by one.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or a tensor is quantised or there twice.
+            CheckpointError: a file is missing or damaged, the index names none beside it, or a tensor
+                is quantised or there twice.
         """
         found: dict[str, HfTensor] = {}
         for file in self._files():
@@ -64,8 +65,7 @@ class HfFolder:
     def _files(self) -> list[Path]:
         index = self.path / _INDEX
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map", {})
-            files = [self.path / name for name in sorted(set(weight_map.values()))]
+            files = [self.path / name for name in _files_of(index)]
         else:
             files = sorted(self.path.glob("*.safetensors"))
         if not files:
@@ -137,6 +137,17 @@ def _unfused(name: str, tensor: HfTensor) -> list[tuple[str, HfTensor]]:
                 for number, part in enumerate(parts)
             ]
     return [(name, tensor)]
+
+
+def _files_of(index: Path) -> list[str]:
+    """Return the files that an index names, each once; all are beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: weight_map is not an object of tensors and their files")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise CheckpointError(f"{index}: {tensor} is in {name!r}, which is no file beside it")
+    return sorted(set(weight_map.values()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

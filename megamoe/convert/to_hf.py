@@ -1,6 +1,7 @@
 """A checkpoint of ours becomes a Hugging Face folder, tensor by tensor."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from megamoe.convert.architectures import (
 )
 from megamoe.convert.config import config_of
 from megamoe.convert.entries import Entry, entries
+from megamoe.convert.memory import export_bytes, need
 from megamoe.convert.ours import EXPERTS, our_tensors
 from megamoe.convert.remote_code import copy_code, needs_code
 from megamoe.convert.tokenizer import copy_tokenizer, tokenizer_of
@@ -83,9 +85,9 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
     partial.mkdir(parents=True)
     try:
         say(copy_tokenizer(plan.data, partial))
-        pairs = _write_shards(
-            partial, source, list(entries(architecture.table, kept)), (shard_bytes, say)
-        )
+        found = list(entries(architecture.table, kept))
+        say(need(_needed_bytes(source, found, shard_bytes)))
+        pairs = _write_shards(partial, source, found, (shard_bytes, say))
         left_out = list(_left_out(source, plan.model, kept))
         if left_out:
             say(
@@ -110,6 +112,22 @@ def to_hf(path: Path, out: Path, *, dtype: str | None, shard_bytes: int, say: Sa
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _needed_bytes(source: _Source, found: list[Entry], shard_bytes: int) -> int:
+    theirs = [
+        math.prod(shape) * _dtype_of(source, entry).itemsize
+        for entry in found
+        for _, shape in entry.theirs
+    ]
+    ours = max(math.prod(entry.shape) * _stored_dtype(source, entry).itemsize for entry in found)
+    if source.dtype is torch.bfloat16 and any(_is_exact(source, entry) for entry in found):
+        ours += ours // 2  # what is rounded is there twice
+    return export_bytes(theirs, ours, shard_bytes)
+
+
+def _is_exact(source: _Source, entry: Entry) -> bool:
+    return not entry.is_float32 and _stored_dtype(source, entry) is torch.float32
 
 
 def _write_shards(
@@ -159,7 +177,11 @@ def _shards(source: _Source, found: list[Entry], shard_bytes: int) -> Iterator[l
 def _dtype_of(source: _Source, entry: Entry) -> torch.dtype:
     if entry.is_float32:
         return torch.float32
-    return source.dtype or source.reader.tensors[source.names[entry.ours]].dtype
+    return source.dtype or _stored_dtype(source, entry)
+
+
+def _stored_dtype(source: _Source, entry: Entry) -> torch.dtype:
+    return source.reader.tensors[source.names[entry.ours]].dtype
 
 
 def _convert(source: _Source, entry: Entry) -> tuple[audit.Pair, dict[str, Tensor]]:

@@ -35,7 +35,7 @@ from megamoe.mcore.compat import loading_checkpoint
 from megamoe.mcore.model import unwrap
 from megamoe.mcore.optim import separate_steps
 from megamoe.mcore.shards import Box, careful_reading
-from megamoe.mcore.states import read_states, state_boxes
+from megamoe.mcore.states import read_masters, read_states, state_boxes
 from megamoe.mcore.stored import ChunkReader, has_optimizer
 
 
@@ -85,7 +85,7 @@ def load(
     """Load a checkpoint into a model of any layout; random states only into the same one.
 
     One of weights alone (megamoe/convert) leaves random states as they are and begins the
-    optimizer's: its float32 copies are the weights, its moments zero.
+    optimizer's: its float32 copies are the weights as they are stored, its moments zero.
 
     Raises:
         CheckpointError: a file is missing or damaged, or it is no checkpoint of this model.
@@ -102,6 +102,8 @@ def load(
         _set_weights(unwrap(chunk), loaded[f"model{index}"])
     if not is_whole:
         optimizer.reload_model_params()
+        with _reading(folder):
+            read_masters(reader, optimizer, _models(_state(chunks)))
         return
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)

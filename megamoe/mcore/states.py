@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megamoe.checkpoints.tensors import weight_of_master
 from megamoe.errors import CheckpointError
 from megamoe.mcore.optim import parts_of
 from megamoe.mcore.shards import Box
@@ -79,6 +80,18 @@ def read_states(reader: ChunkReader, optimizer: MegatronOptimizer, models: Itera
             there = "absent" if stored is None else f"of shape {stored.shape}"
             raise CheckpointError(f"{reader.folder}: {box.name} is {there}, not {box.shape}")
         box.data.copy_(reader.read_box(box.name, box.offsets, tuple(box.data.shape)))
+
+
+def read_masters(reader: ChunkReader, optimizer: MegatronOptimizer, models: Iterable[Any]) -> None:
+    """Load this rank's float32 copies from weights, which hold more than those of the model may.
+
+    Copies that were made of the model's own weights are exact but where those are rounded.
+    """
+    of_model = parts_of(optimizer)[0].config.params_dtype
+    for box, _ in state_boxes(optimizer, models):
+        name = weight_of_master(box.name)
+        if name is not None and of_model not in (torch.float32, reader.tensors[name].dtype):
+            box.data.copy_(reader.read_box(name, box.offsets, tuple(box.data.shape)))
 
 
 def boxes_of_run(

@@ -1,14 +1,17 @@
-"""Converts a checkpoint of more bytes than the memory it is given; says how much it took.
+"""Converts a checkpoint, of more bytes than the memory it is given; says how much it took.
 
-Run as a program with a folder and a number of layers: writes a run of one wide model there, expert
-by expert. Then it limits its own memory, exports and imports the run, and prints bytes of the weights, the limit, and
-the growth of its largest resident set, in which the pages of mapped files count.
+Run as a program with a folder, numbers of layers, of experts and their width, and of words, and a limit
+in bytes or 0: writes a run of such a model there, expert by expert. Then it limits its own memory, exports
+and imports the run, and with one more word, `rounded`, exports it in bfloat16 too. Prints bytes of the
+weights, their number in the folder, and for each way the largest resident set, in which pages of mapped
+files count, its growth, and what was said to be the most.
 """
 
 import json
 import re
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +21,24 @@ from benchmarks.convert_memory import write_run
 from megamoe.convert.from_hf import from_hf
 from megamoe.convert.to_hf import to_hf
 from megamoe.plan.json import write_plan
+from megamoe.recipe import Model
 from tests.mcore import tiny
 
-MODEL = replace(
-    tiny.GROUPED,
-    hidden_dim=512,
-    experts=replace(tiny.GROUPED.experts, num_routed=32, ffn_dim=512),
-    mtp=None,
-)
-LIMIT_BYTES = 100_000_000  # beyond what the process has when it begins to convert
+WIDTH = 512
+SHARD_BYTES = 8_000_000
+
+
+def model_of(num_layers: int, num_experts: int, expert_width: int, num_words: int) -> Model:
+    """Return a model without multi-token prediction, its first layer dense."""
+    experts = replace(tiny.GROUPED.experts, num_routed=num_experts, ffn_dim=expert_width)
+    return replace(
+        tiny.GROUPED,
+        num_layers=num_layers,
+        hidden_dim=WIDTH,
+        vocab_size=num_words,
+        experts=experts,
+        mtp=None,
+    )
 
 
 def _status_bytes(key: str) -> int:
@@ -36,9 +48,9 @@ def _status_bytes(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def _limit_memory() -> None:
+def _limit_memory(limit_bytes: int) -> None:
     """Have the system refuse more than so many bytes of memory that is written to."""
-    most = _status_bytes("VmData") + LIMIT_BYTES
+    most = _status_bytes("VmData") + limit_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
@@ -50,23 +62,47 @@ def _is_refused(num_bytes: int) -> bool:
     return False
 
 
+def _measured(convert: Callable[[Callable[[str], None]], object], before: int) -> dict[str, float]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    said: list[str] = []
+    convert(said.append)
+    peak = _status_bytes("VmHWM")
+    [most] = [found for line in said if (found := re.match(r"needs at most ([\d.]+) GB", line))]
+    return {"peak": peak, "grown": peak - before, "said": float(most[1]) * 1e9}
+
+
 def main() -> None:
     """Convert there and back."""
-    root, model = Path(sys.argv[1]), replace(MODEL, num_layers=int(sys.argv[2]))
+    root, numbers, limit = Path(sys.argv[1]), map(int, sys.argv[2:6]), int(sys.argv[6])
     torch.set_num_threads(1)  # stacks of threads count as memory
     (root / "again").mkdir()
-    write_plan(root / "again/plan.json", tiny.tiny_plan(root / "data", model))
+    write_plan(root / "again/plan.json", tiny.tiny_plan(root / "data", model_of(*numbers)))
     total = write_run(root / "run", root / "again/plan.json")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmHWM")
-    _limit_memory()
-    to_hf(root / "run", root / "out", dtype=None, shard_bytes=8_000_000, say=lambda _: None)
-    from_hf(root / "out", root / "again", tokens_seen=0, say=lambda _: None)
-    grown = _status_bytes("VmHWM") - before
+    if limit:
+        _limit_memory(limit)
+    run, out = root / "run", root / "out"
+    measured = {
+        "export": _measured(
+            lambda say: to_hf(run, out, dtype=None, shard_bytes=SHARD_BYTES, say=say), before
+        ),
+        "import": _measured(
+            lambda say: from_hf(out, root / "again", tokens_seen=0, say=say), before
+        ),
+    }
+    if "rounded" in sys.argv:
+        measured["rounded"] = _measured(
+            lambda say: to_hf(
+                run, root / "rounded", dtype="bfloat16", shard_bytes=SHARD_BYTES, say=say
+            ),
+            before,
+        )
     # last: an allocation that fails leaves the allocator with a heap it may not have needed
-    refused = _is_refused(total)
-    result = {"weights": total, "limit": LIMIT_BYTES, "grown": grown, "whole_is_refused": refused}
-    sys.stdout.write(json.dumps(result))
+    refused = _is_refused(total) if limit else None
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    result = {"weights": total, "tensors": len(index["weight_map"]), "whole_is_refused": refused}
+    sys.stdout.write(json.dumps({**result, **measured}))
 
 
 if __name__ == "__main__":

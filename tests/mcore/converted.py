@@ -45,6 +45,8 @@ _DUAL = DualNorm(eps=1e-6, zero_centered=False, after_dense_mlp=False)
 _SOFTMAX = replace(tiny.SOFTMAX, window_pattern="L", global_rope=None)
 MODELS: dict[str, Model] = {
     "exaone_moe": tiny.GROUPED,
+    # As published, three local layers to a global one; models that transformers make have no prediction.
+    "exaone_moe, no prediction": replace(tiny.GROUPED, mtp=None),
     "exaone_moe, groups, two shared": replace(
         tiny.GROUPED,
         window_pattern="LG",

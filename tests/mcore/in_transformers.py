@@ -68,8 +68,12 @@ def _uses(folder: Path, model: torch.nn.Module, tokens: Tensor) -> dict[str, obj
             _continued(model, padded, attention_mask=real)[1:], _continued(model, half)
         ),
         "whole cache": _refusal(_continued, model, text, cache_implementation="static"),
+        "attentions": _refusal(_continued, model, text, output_attentions=True),
+        "no attentions": _refusal(model, text, output_attentions=False, return_dict=False),
+        "renamed": _refusal(model, text, kv_cache=None),
         "not trusted": _refusal(transformers.AutoModelForCausalLM.from_pretrained, folder),
         "loss": model(tokens, labels=tokens).loss.item(),
+        "loss of a sum": _loss_of_a_sum(model, tokens),
         "hidden": [x.shape[-1] for x in model(text, output_hidden_states=True).hidden_states],
         "float32 in bfloat16": [name for name, value in state if value.dtype == torch.float32],
         "finite in bfloat16": rounded(tokens).logits.isfinite().all().item(),
@@ -99,9 +103,18 @@ def _difference(left: Tensor, right: Tensor) -> float:
 def _refusal(function: Callable, *arguments: object, **options: object) -> str:
     try:
         function(*arguments, **options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return str(error)
     return "none"
+
+
+def _loss_of_a_sum(model: torch.nn.Module, tokens: Tensor) -> float:
+    """Return the loss with what the Trainer gives: how many labels there are, and where it shifts them."""
+    assert model.accepts_loss_kwargs
+    after = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    of_trainer = {"shift_labels": after, "num_items_in_batch": torch.tensor(1)}
+    total = model(tokens, labels=tokens, **of_trainer).loss
+    return (total / tokens[:, 1:].numel()).item()
 
 
 def _trained(model: torch.nn.Module, tokens: Tensor) -> dict[str, object]:
@@ -128,7 +141,9 @@ def _encoded(folder: Path) -> dict[str, object]:
     kinds = [{"trust_remote_code": True}, {}]
     found = [transformers.AutoTokenizer.from_pretrained(folder, **kind) for kind in kinds]
     text = (folder / "text.txt").read_text(encoding="utf-8")
-    return {"ids": [tokenizer(text)["input_ids"] for tokenizer in found]}
+    encoded = [tokenizer(text) for tokenizer in found]
+    names = sorted({name for each in encoded for name in each})
+    return {"ids": [each["input_ids"] for each in encoded], "inputs": names}
 
 
 def _run(folder: Path, tokens: Tensor) -> None:

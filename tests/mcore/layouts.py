@@ -3,7 +3,8 @@
 Run as a program with a folder, and MODEL/LAYOUT where not all are wanted: Megatron-core is imported
 once, and each rank of each layout is a fork of this process. Leaves in FOLDER/<model>/<layout> the checkpoint after two steps,
 `evaluation.json` with the loss on held-out text before them and `result.json` with what they measured,
-or `error.txt`.
+or `error.txt`. MODEL/LAYOUT/imported instead loads the run FOLDER/<model>/imported in bfloat16 and saves
+it in FOLDER/<model>/<layout>_imported.
 """
 
 import gc
@@ -13,6 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,13 +28,15 @@ with warnings.catch_warnings():
     from megamoe.mcore import cpu
 
     cpu.enable()
-    from megamoe.mcore import groups
+    from megamoe.mcore import checkpoint, groups
     from megamoe.mcore.engine import Engine
 
+from megamoe.checkpoints import folder as files
 from megamoe.plan.plan import Plan
-from megamoe.recipe import AdamW, LearningRate
+from megamoe.recipe import AdamW, Bf16, LearningRate
 from tests.mcore import tiny
 
+Work = Callable[[Plan, Path, int], None]  # of one rank
 NUM_STEPS = 2
 TIMEOUT = timedelta(seconds=120)  # of a collective whose other ranks have died
 # Three layers, so that the second of two pipeline ranks holds one less.
@@ -112,15 +116,18 @@ def run_dir_of(folder: Path, model: str, layout: str) -> Path:
     return folder / model / layout.replace(" ", "_")
 
 
+def imported_dir_of(folder: Path, model: str, layout: str) -> Path:
+    """Return where a layout leaves the checkpoint of what was imported."""
+    return run_dir_of(folder, model, f"{layout} imported")
+
+
+def in_bfloat16(plan: Plan) -> Plan:
+    """Return the plan with rounded weights, and the optimizer's float32 copies of them."""
+    return replace(plan, segments=(replace(plan.segments[0], precision=Bf16()),))
+
+
 def _train(plan: Plan, run_dir: Path, rank: int) -> None:
-    # Megatron-Core 0.16.1 jit.py compiles small functions: a third of the time of so short a run.
-    torch.compiler.set_stance("force_eager")
-    store = f"file://{run_dir}/store"
-    world_size = plan.segments[0].world_size
-    torch.distributed.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT
-    )
-    groups.form(plan, plan.segments[0])
+    _join(plan, run_dir, rank)
     engine = Engine(plan, plan.segments[0], run_dir)
     evaluation = [asdict(result) for result in engine.evaluate()]
     results = [asdict(engine.train_step()) for _ in range(NUM_STEPS)]
@@ -131,24 +138,46 @@ def _train(plan: Plan, run_dir: Path, rank: int) -> None:
     groups.stop()
 
 
-def _fork_rank(plan: Plan, run_dir: Path, rank: int) -> int:
+def _load_imported(plan: Plan, run_dir: Path, rank: int) -> None:
+    _join(plan, run_dir, rank)
+    engine = Engine(plan, plan.segments[0], run_dir)
+    imported = files.latest(run_dir.parent / "imported/checkpoints")
+    assert imported is not None, run_dir
+    checkpoint.load(imported, engine.chunks, engine.optimizer, same_layout=False)
+    engine.save(wait=True)
+    groups.stop()
+
+
+def _join(plan: Plan, run_dir: Path, rank: int) -> None:
+    # Megatron-Core 0.16.1 jit.py compiles small functions: a third of the time of so short a run.
+    torch.compiler.set_stance("force_eager")
+    store = f"file://{run_dir}/store"
+    world_size = plan.segments[0].world_size
+    torch.distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT
+    )
+    groups.form(plan, plan.segments[0])
+
+
+def _fork_rank(plan: Plan, run_dir: Path, rank: int, work: Work) -> int:
     child = os.fork()
     if child:
         return child
     status = 0
     try:
-        _train(plan, run_dir, rank)
+        work(plan, run_dir, rank)
     except BaseException:
         (run_dir / "error.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
         status = 1
     os._exit(status)
 
 
-def _run(plan: Plan, run_dir: Path) -> None:
-    """Train on as many forks as the plan has ranks; when one fails, end the others."""
+def _run(plan: Plan, run_dir: Path, work: Work) -> None:
+    """Work on as many forks as the plan has ranks; when one fails, end the others."""
     run_dir.mkdir(parents=True)
     gc.freeze()  # what imports have made is no garbage; looking for it takes a rank seconds
-    running = {_fork_rank(plan, run_dir, rank) for rank in range(plan.segments[0].world_size)}
+    ranks = range(plan.segments[0].world_size)
+    running = {_fork_rank(plan, run_dir, rank, work) for rank in ranks}
     while running:
         child, status = os.wait()
         running.discard(child)
@@ -160,8 +189,12 @@ def _run(plan: Plan, run_dir: Path) -> None:
 def main() -> None:
     """Run layouts of models, one after the other."""
     folder, *wanted = sys.argv[1:]
-    for model, layout in [tuple(case.split("/")) for case in wanted] or CASES:
-        _run(plan_of(Path(folder), model, layout), run_dir_of(Path(folder), model, layout))
+    for model, layout, *imported in [tuple(case.split("/")) for case in wanted] or CASES:
+        case = Path(folder), model, layout
+        if imported:
+            _run(in_bfloat16(plan_of(*case)), imported_dir_of(*case), _load_imported)
+        else:
+            _run(plan_of(*case), run_dir_of(*case), _train)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from data_prep.tokenizer import load_tokenizer
 from megamoe.convert.from_hf import from_hf
 from megamoe.convert.to_hf import to_hf
 from megamoe.convert.tokenizer import copy_tokenizer
+from megamoe.mcore import checkpoint
 from megamoe.mcore.engine import Engine
 from megamoe.mcore.model import unwrap
 from megamoe.mcore.router import BalancedRouter
+from megamoe.plan.json import write_plan
 from megamoe.plan.plan import Plan
 from megamoe.recipe import Bf16, Fp32
 from tests.mcore.converted import MODELS, all_logits, logits, plan_of, saved, tokens
@@ -52,6 +55,14 @@ def quiet(_: str) -> None:
 
 def export(path: Path, out: Path, dtype: str | None = None) -> None:
     to_hf(path, out, dtype=dtype, shard_bytes=SHARD_BYTES, say=quiet)
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a folder."""
+    found: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 def plan_in(folder: Path, name: str) -> Plan:
@@ -130,11 +141,16 @@ def test_a_folder_with_its_own_code_is_used_as_any_other(name, transformed):
     assert found["finite in bfloat16"]
     assert all(weight.endswith("bias") for weight in found["float32 in bfloat16"])
     assert bool(found["float32 in bfloat16"]) == ("yarn" in name)
-    assert found["whole cache"].endswith("not supported by this model; give a DynamicCache")
+    assert found["loss of a sum"] == pytest.approx(found["loss"], abs=TOLERANCE)
+    assert found["whole cache"] == "a StaticCache is not supported; give a DynamicCache"
+    assert found["attentions"] == "attention weights are not returned by this model"
+    assert found["no attentions"] == "none"
+    assert found["renamed"].endswith("got an unexpected keyword argument 'kv_cache'")
     assert "trust_remote_code=True" in found["not trusted"]
     if CODE[name] is not None:
         ids = load_tokenizer(root / name / "tokenizer").encode(PROMPT)
         assert found["ids"] == [ids, ids]
+        assert found["inputs"] == ["attention_mask", "input_ids"]
 
 
 @pytest.mark.slow
@@ -182,9 +198,7 @@ def test_files_with_the_names_of_deepseek_give_the_reference_our_predictions(nam
     with world_of_one(plan):
         ours = all_logits(saved(plan, tmp_path / "run"))
     export(tmp_path / "run", tmp_path / "out")
-    files = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        files |= load_file(file)
+    files = tensors_in(tmp_path / "out")
     outputs = Reference(plan.model, deepseek.reference_weights(files, plan.model)).run(tokens())
     check_all(ours, outputs)
     first = f"model.layers.{plan.model.num_layers}"
@@ -233,9 +247,7 @@ def test_the_exact_copies_of_rounded_weights_are_exported_as_float32(tmp_path):
         engine.save(wait=True)
         states = adam_states(engine)
     export(tmp_path / "run", tmp_path / "out", "float32")
-    found = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        found |= load_file(file)
+    found = tensors_in(tmp_path / "out")
     for theirs, ours in (
         ("lm_head.weight", "output_layer.weight"),
         ("mtp.norm.weight", "mtp.layers.0.final_layernorm.weight"),
@@ -246,6 +258,25 @@ def test_the_exact_copies_of_rounded_weights_are_exported_as_float32(tmp_path):
         exact = states[f"0.{ours}"]["weight"].flatten()[: found[theirs].numel()]
         assert not torch.equal(exact, exact.bfloat16().float()), ours
         assert torch.equal(found[theirs].flatten(), exact), ours
+
+
+@pytest.mark.parametrize("name", ["exaone_moe", "keural_moe"])
+def test_rounded_weights_keep_the_float32_values_of_a_folder(name, tmp_path):
+    plan = plan_of(tmp_path / "run", name)
+    with world_of_one(plan):
+        saved(plan, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "given")
+    rounded = plan_of(tmp_path / "again", name, precision=Bf16())
+    imported = from_hf(tmp_path / "given", tmp_path / "again", tokens_seen=0, say=quiet)
+    write_plan(tmp_path / "plan.json", rounded)
+    with world_of_one(rounded):
+        engine = Engine(rounded, rounded.segments[0], tmp_path)
+        checkpoint.load(imported, engine.chunks, engine.optimizer, same_layout=True)
+        engine.save(wait=True)
+    export(tmp_path, tmp_path / "out", "float32")
+    given, found = (tensors_in(tmp_path / folder) for folder in ("given", "out"))
+    assert differing(given, found) == set()
+    assert not any(torch.equal(x, x.bfloat16().float()) for x in given.values())
 
 
 def check_all(ours, outputs):

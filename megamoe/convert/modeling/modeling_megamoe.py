@@ -9,8 +9,8 @@ D hidden, N heads, M heads of keys and values, H head dim, C latent, R pairs of 
 E experts, K experts of a token, V vocabulary.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,7 @@ from .configuration_megamoe import (
 )
 
 # What models return has the cache under one name only: transformers renamed it in 5.24.
-_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
-CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,7 @@ class LatentAttention(Attention):
         self.q_b_proj = linear(config.q_lora_rank, heads * head_dim)
         self.kv_a_proj_with_mqa = linear(config.hidden_size, latent + config.qk_rope_head_dim)
         self.kv_a_layernorm = Norm(config, latent)
-        both = config.qk_nope_head_dim + config.v_head_dim
-        self.kv_b_proj = linear(latent, heads * both)
+        self.kv_b_proj = linear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = linear(heads * config.v_head_dim, config.hidden_size)
 
     def forward(self, x_BSD: Tensor, step: Step) -> Tensor:
@@ -232,9 +230,8 @@ class Experts(nn.Module):
         width = config.moe_intermediate_size
         self.gate = Router(config)
         self.experts = nn.ModuleList(SwiGLU(config, width) for _ in range(config.n_routed_experts))
-        self.shared_experts = None
-        if config.n_shared_experts:
-            self.shared_experts = SwiGLU(config, width * config.n_shared_experts)
+        shared_width = width * config.n_shared_experts
+        self.shared_experts = SwiGLU(config, shared_width) if shared_width else None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the same shape; experts are summed in float32."""
@@ -305,6 +302,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict: ClassVar = ["e_score_correction_bias"]
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_sdpa = True
+    accepts_loss_kwargs = True  # the Trainer then gives num_items_in_batch
 
     def __init__(self, config: DecoderConfig) -> None:
         """Create the model without weights."""
@@ -342,26 +340,27 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int = 0,
-        **of_loss: Any,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Return logits [B, S, V], and with labels [B, S] the loss; -100 is no label.
 
-        `attention_mask` [B, P] is 0 where there is padding. Attention weights are not returned.
-        `cache` is what transformers call `past_key_values` since 5.24.
+        `attention_mask` [B, P] is 0 where there is padding. `cache` is what transformers call
+        `past_key_values` since 5.24; a name that is not here is refused, so that none is lost.
 
         Raises:
-            ValueError: the cache has places for tokens to come.
+            ValueError: attention weights are wanted, or the cache has places for tokens to come.
         """
         config = self.config
         cache = past_key_values if cache is None else cache
+        if output_attentions:
+            raise ValueError("attention weights are not returned by this model")
         if cache is not None and cache.is_compileable:
-            raise ValueError(
-                f"{type(cache).__name__} is not supported by this model; give a DynamicCache"
-            )
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if use_cache and cache is None:
+            raise ValueError(f"a {type(cache).__name__} is not supported; give a DynamicCache")
+        caches = config.use_cache and not self.training if use_cache is None else use_cache
+        if caches and cache is None:
             cache = DynamicCache(config=config)
         x_BSD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -373,11 +372,8 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         step = Step(config.rotations(position_ids), attention_mask, cache)
         x_BSD = self.model(x_BSD, step, hidden)
         logits_BSV = self.lm_head(x_BSD[:, -logits_to_keep:])  # all of them where it is 0
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits_BSV, labels=labels, vocab_size=config.vocab_size, **of_loss
-            )
+        of_loss = (logits_BSV, labels, config.vocab_size, num_items_in_batch)
+        loss = None if labels is None else self.loss_function(*of_loss, shift_labels=shift_labels)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
