@@ -213,6 +213,28 @@ def test_the_commands_speak_and_measure(tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_of_the_model_that_are_no_token_are_not_drawn(tmp_path):
+    plan = plan_of(tmp_path, tiny.GROUPED)
+    plan = replace(
+        plan, model=replace(plan.model, vocab_size=330), data=replace(plan.data, vocab_size=300)
+    )
+    train_tokenizer("sentencepiece-bpe", 300, [TEXT] * 9, tmp_path / "tok")
+    with world_of_one(plan):
+        engine = trained(tmp_path, plan)
+        rows = unwrap(engine.chunks[0]).output_layer.weight.detach()[300:]
+        rows.normal_(std=100.0, generator=torch.Generator().manual_seed(1))
+        engine.optimizer.reload_model_params()
+        engine.save(wait=True)
+    words = ("generate", tmp_path / "run", "--prompt", "a", "--tokenizer", tmp_path / "tok")
+    for drawing in ((), ("--temperature", "2", "--seed", "3")):
+        done = megamoe(*words, "--max-tokens", "9", *drawing)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("a")
+        [line] = said(done)
+        assert ": 9 tokens in " in line
+
+
+@pytest.mark.slow
 def test_a_model_that_came_in_without_data_speaks_with_a_tokenizer_that_is_given(tmp_path):
     plan = plan_of(tmp_path, tiny.GROUPED)
     with world_of_one(plan):
