@@ -109,7 +109,7 @@ def _generate(args: argparse.Namespace, place: Place, tokenizer: "Tokenizer") ->
             max_tokens=args.max_tokens,
             end=tokenizer.meta.eod_id,
         )
-        stream, count = TextStream(tokenizer), 0
+        stream, count = TextStream(tokenizer, prompt[1:]), 0
         _write(args.prompt)
         started = time.perf_counter()
         for token in tokens:
