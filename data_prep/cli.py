@@ -31,6 +31,10 @@ _EPILOG = """examples:
 _TRAIN_EXAMPLE = """example:
   megamoe data tokenizer train --algorithm byte-level-bpe --vocab-size 32000 -o tok text/
 """
+_IMPORT_EXAMPLE = """example, the tokenizer of a published model:
+  megamoe data tokenizer import models/K-EXAONE-236B-A23B -o tok
+  megamoe generate runs/continued --tokenizer tok --prompt "The "
+"""
 _TOKENIZE_EXAMPLE = """example, a folder of two sources:
   megamoe data tokenize --tokenizer tok --source korean -o data --heldout 0.03 korean.jsonl.zst
   megamoe data tokenize --tokenizer tok --source code -o data --heldout 0.03 --fim --code code/
@@ -45,7 +49,7 @@ _INSPECT_EXAMPLE = """example:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds `sample`, `tokenizer train`, `tokenize` and `inspect` under `megamoe data`."""
+    """Adds `sample`, `tokenizer train` and `import`, `tokenize` and `inspect` under `megamoe data`."""
     parser.epilog = _EPILOG
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     _add_sample(subparsers)
@@ -78,6 +82,24 @@ def run_tokenizer_train(args: argparse.Namespace) -> int:
         texts = (document.text for document in _documents(files, args, progress))
         meta = train_tokenizer(args.algorithm, args.vocab_size, texts, args.out)
     _say(f"{args.out}: {meta.algorithm}, {meta.vocab_size:,} ids, sha256 {meta.sha256[:16]}")
+    return 0
+
+
+def run_tokenizer_import(args: argparse.Namespace) -> int:
+    """Makes a tokenizer folder of a published tokenizer and prints its special tokens."""
+    from data_prep.tokenizer_import import import_tokenizer
+
+    imported = import_tokenizer(
+        args.source, args.out, end_token=args.end_token, pad_token=args.pad_token
+    )
+    meta, end = imported.meta, imported.ends[0]
+    fim = meta.fim and f"{meta.fim.prefix}, {meta.fim.middle} and {meta.fim.suffix}"
+    _say(f"{args.out}: {meta.algorithm}, {meta.vocab_size:,} ids, sha256 {meta.sha256[:16]}")
+    _say(f"end of a document: {end.word} {end.token} ({end.where})")
+    for other in imported.ends[1:]:
+        _say(f"not {other.word} {other.token}, which {other.where} names; --end-token takes it")
+    _say(f"padding: {meta.special_tokens[meta.pad_id]} {meta.pad_id}")
+    _say(f"fill-in-the-middle: {fim or 'none'}")
     return 0
 
 
@@ -136,19 +158,32 @@ def _add_sample(subparsers: "Subparsers") -> None:
 
 
 def _add_tokenizer(subparsers: "Subparsers") -> None:
-    group = _add(subparsers, "tokenizer", "train a tokenizer")
-    group.epilog = _TRAIN_EXAMPLE
-    parser = _add(
-        group.add_subparsers(required=True, metavar="COMMAND"),
-        "train",
-        "train a tokenizer on text files",
-    )
+    group = _add(subparsers, "tokenizer", "train a tokenizer, or import a published one")
+    group.epilog = _TRAIN_EXAMPLE + _IMPORT_EXAMPLE
+    commands = group.add_subparsers(required=True, metavar="COMMAND")
+    parser = _add(commands, "train", "train a tokenizer on text files")
     parser.epilog = _TRAIN_EXAMPLE
     parser.add_argument("--algorithm", choices=ALGORITHMS, required=True)
     parser.add_argument("--vocab-size", type=int, required=True, help="exact number of ids")
     parser.add_argument("-o", "--out", type=Path, required=True, help="tokenizer folder to write")
     _add_reading(parser)
     parser.set_defaults(run=run_tokenizer_train)
+    parser = _add(commands, "import", "make a tokenizer folder of a published tokenizer")
+    parser.epilog = _IMPORT_EXAMPLE
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face folder with tokenizer.json or tokenizer.model, or that file",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, help="tokenizer folder to write")
+    parser.add_argument(
+        "--end-token", metavar="TOKEN", help="ends documents (default: what the folder calls eos)"
+    )
+    parser.add_argument(
+        "--pad-token", metavar="TOKEN", help="pads (default: what the folder calls pad, else bos)"
+    )
+    parser.set_defaults(run=run_tokenizer_import)
 
 
 def _add_tokenize(subparsers: "Subparsers") -> None:

@@ -43,8 +43,9 @@ def cut_code(text: str, seed: int) -> Parts:
 
 
 def encode_parts(tokenizer: Tokenizer, parts: Parts) -> list[int]:
-    """Tokens of the parts in the order of variant 2, with the four special tokens."""
+    """Tokens of the parts in the order of variant 2, with the special tokens that there are."""
     fim = tokenizer.meta.fim
+    assert fim is not None, tokenizer.meta
     return [
         fim.prefix,
         fim.suffix,
@@ -52,7 +53,7 @@ def encode_parts(tokenizer: Tokenizer, parts: Parts) -> list[int]:
         fim.middle,
         *tokenizer.encode(parts.prefix),
         *tokenizer.encode(parts.middle),
-        fim.eod,
+        *([] if fim.eod is None else [fim.eod]),
     ]
 
 

@@ -119,10 +119,11 @@ def tokenize_source(
         advance: Told the number of documents and of UTF-8 bytes after each batch.
 
     Raises:
-        DataError: No document is left, the folder was made with another tokenizer, the source is
-            there already, or the disk refuses.
+        DataError: No document is left, the tokenizer lacks a token that is asked for, the folder
+            was made with another, the source is there already, or the disk refuses.
     """
     meta = read_meta(job.tokenizer)
+    _check_tokenizer(job, meta)
     try:
         job.out.mkdir(parents=True, exist_ok=True)
         _check_folder(job, meta, _manifest_or_none(job.out))
@@ -300,6 +301,17 @@ def _manifest_or_none(folder: Path) -> Manifest | None:
     return read_manifest(folder) if (folder / MANIFEST_NAME).exists() else None
 
 
+def _check_tokenizer(job: Job, meta: TokenizerMeta) -> None:
+    if job.fim is not None and meta.fim is None:
+        raise DataError(f"{job.tokenizer}: has no tokens for fill-in-the-middle; leave --fim out")
+    if meta.pad_id == meta.eod_id:
+        # Megatron-core takes no loss where the label is the padding.
+        raise DataError(
+            f"{job.tokenizer}: pads with the token that ends documents, which would not be learnt;"
+            " import it again with --pad-token TOKEN"
+        )
+
+
 def _check_folder(job: Job, meta: TokenizerMeta, manifest: Manifest | None) -> None:
     """Refuses a second tokenizer, or a second source of the same name, in one folder."""
     if manifest is None:
@@ -308,6 +320,16 @@ def _check_folder(job: Job, meta: TokenizerMeta, manifest: Manifest | None) -> N
     if entry.sha256 != meta.sha256:
         raise DataError(
             f"{job.out}: made with another tokenizer ({entry.algorithm}, {entry.vocab_size} ids);"
+            f" use --tokenizer {job.out / TOKENIZER_FOLDER}, or another -o"
+        )
+    if (entry.vocab_size, entry.eod_id, entry.pad_id) != (
+        meta.vocab_size,
+        meta.eod_id,
+        meta.pad_id,
+    ):
+        raise DataError(
+            f"{job.out}: made with {entry.eod_id} at the end of a document, {entry.pad_id} as padding"
+            f" and {entry.vocab_size} ids, not {meta.eod_id}, {meta.pad_id} and {meta.vocab_size};"
             f" use --tokenizer {job.out / TOKENIZER_FOLDER}, or another -o"
         )
     if job.source in manifest.sources and not job.replaces:

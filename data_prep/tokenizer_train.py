@@ -5,7 +5,13 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_prep.tokenizer import MODEL_NAMES, SPECIAL_TOKENS, TokenizerMeta, write_tokenizer
+from data_prep.tokenizer import (
+    MODEL_NAMES,
+    SPECIAL_TOKENS,
+    TokenizerMeta,
+    trained_meta,
+    write_tokenizer,
+)
 from megamoe.errors import DataError
 
 # 256 bytes and the special tokens, before anything is learnt.
@@ -40,7 +46,9 @@ def train_tokenizer(
     else:
         kind = algorithm.removeprefix("sentencepiece-")
         model = _train_sentencepiece(kind, vocab_size, _not_empty(texts))
-    return write_tokenizer(out, algorithm, vocab_size, model)
+    meta = trained_meta(algorithm, vocab_size, model)
+    write_tokenizer(out, meta, model)
+    return meta
 
 
 def _not_empty(texts: Iterable[str]) -> Iterator[str]:

@@ -54,14 +54,18 @@ def compare_tokenizer(folder: Path, data: Data | None) -> str | None:
     found = [name for name in (_BYTE_LEVEL, _SENTENCEPIECE) if (folder / name).is_file()]
     if not found:
         return None
+    command = f"`megamoe data tokenizer import {folder} -o OUT`"
     if data is None:
-        return f"{found[0]} of the folder is not taken along: the plan has no data to be beside"
+        return (
+            f"{found[0]} of the folder is not taken along: the plan has no data to be beside; "
+            f"{command} makes a tokenizer of it, for `megamoe generate RUN --tokenizer OUT`"
+        )
     own = Path(data.folder) / _FOLDER / found[0]
     if own.is_file() and own.read_bytes() == (folder / found[0]).read_bytes():
         return f"tokenizer: that of {data.folder}, the same as the folder's"
     return (
-        f"tokenizer: that of {data.folder}, another file than the folder's {found[0]}; "
-        "the weights know text by the ids they were trained with"
+        f"tokenizer: that of {data.folder}, another file than the folder's {found[0]}; the weights "
+        f"know text by the ids they were trained with, which {command} brings to data"
     )
 
 

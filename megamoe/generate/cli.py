@@ -98,7 +98,9 @@ def _generate(args: argparse.Namespace, place: Place, tokenizer: "Tokenizer") ->
         device = torch.cuda.current_device()
 
         def step(tokens: list[int]) -> "Tensor":
-            return model.next_logits(torch.tensor([tokens], device=device), cache)[0]
+            logits_BV = model.next_logits(torch.tensor([tokens], device=device), cache)
+            # A table of the model may have more rows than there are tokens.
+            return logits_BV[0, : tokenizer.meta.vocab_size]
 
         tokens = following(
             prompt,
@@ -107,7 +109,7 @@ def _generate(args: argparse.Namespace, place: Place, tokenizer: "Tokenizer") ->
             max_tokens=args.max_tokens,
             end=tokenizer.meta.eod_id,
         )
-        stream, count = TextStream(tokenizer), 0
+        stream, count = TextStream(tokenizer, prompt[1:]), 0
         _write(args.prompt)
         started = time.perf_counter()
         for token in tokens:

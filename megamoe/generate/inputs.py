@@ -21,7 +21,7 @@ def open_tokenizer(plan: Plan, folder: Path | None) -> Tokenizer:
     folder = folder or _own_folder(plan)
     meta = read_meta(folder)
     _check_ids(plan, folder, meta)
-    package = "tokenizers" if meta.algorithm == "byte-level-bpe" else "sentencepiece"
+    package = "tokenizers" if meta.file == "tokenizer.json" else "sentencepiece"
     require_packages("data", package)
     return load_tokenizer(folder)
 
@@ -52,13 +52,13 @@ def _own_folder(plan: Plan) -> Path:
     if plan.data is None:
         raise DataError(
             f"{plan.recipe}: the run's plan has no data, so no tokenizer either; give --tokenizer DIR, "
-            "a folder that `megamoe data tokenizer train` has made"
+            "a folder that `megamoe data tokenizer train` or `import` has made"
         )
     folder = Path(plan.data.folder) / TOKENIZER_FOLDER
     if not (folder / META_NAME).is_file():
         raise DataError(
             f"{folder}: the run's tokenizer is not there; give --tokenizer DIR, a folder that "
-            "`megamoe data tokenizer train` has made"
+            "`megamoe data tokenizer train` or `import` has made"
         )
     return folder
 

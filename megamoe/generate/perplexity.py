@@ -12,7 +12,7 @@ import numpy
 from numpy.typing import NDArray
 
 from data_prep.files import raise_error, read_documents
-from data_prep.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data_prep.tokenizer import Tokenizer
 from megamoe.errors import DataError
 from megamoe.generate.inputs import shard_prefix
 from megamoe.mcore.data import Windows, read_tokens
@@ -132,5 +132,6 @@ def _checked(name: str, tokens_T: NDArray[numpy.int64], tokenizer: Tokenizer) ->
 
 def _num_bytes(tokens_T: NDArray[numpy.int64], tokenizer: Tokenizer) -> int:
     """Return the bytes that tokens spell, without a character that is cut off at either end."""
-    spelt = tokens_T[tokens_T >= len(SPECIAL_TOKENS)]
-    return len(tokenizer.decode(spelt.tolist()).strip(_NO_CHARACTER).encode())
+    special = tokenizer.meta.special_tokens
+    spelt = [token for token in tokens_T.tolist() if token not in special]
+    return len(tokenizer.decode(spelt).strip(_NO_CHARACTER).encode())

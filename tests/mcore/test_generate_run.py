@@ -19,7 +19,7 @@ from megamoe.convert.to_hf import to_hf
 from megamoe.errors import CheckpointError, DataError
 from megamoe.generate.inputs import find_texts
 from megamoe.generate.perplexity import Cost, Text, cost_of, read_texts
-from megamoe.mcore.inference import TrainedModel
+from megamoe.mcore.inference import TrainedModel, all_logits
 from megamoe.mcore.model import unwrap
 from megamoe.plan.json import write_plan
 from megamoe.plan.plan import Plan
@@ -28,6 +28,7 @@ from tests.mcore import tiny
 from tests.mcore.test_model import FLOAT32, reference_weights, roundings
 from tests.mcore.world import train, with_segment, world_of_one
 from tests.reference.model import Reference, token_losses
+from tests.unit.test_data_tokenizer_import import CONFIG, byte_level
 
 ROOT = Path(__file__).parents[2]
 TEXT = "a line of text, 글 한 줄, and so on\n"
@@ -210,6 +211,63 @@ def test_the_commands_speak_and_measure(tmp_path):
     done = megamoe("eval", "perplexity", run, shard, "--max-tokens", plan.eval_tokens)
     assert (done.returncode, said(done)) == (0, [])
     assert done.stdout.splitlines()[-1].split()[:3] == [shard, "200", f"{expected.loss:.4f}"]
+
+
+@pytest.mark.slow
+def test_rows_of_the_model_that_are_no_token_are_not_drawn(tmp_path):
+    plan = plan_of(tmp_path, tiny.GROUPED)
+    plan = replace(
+        plan, model=replace(plan.model, vocab_size=330), data=replace(plan.data, vocab_size=300)
+    )
+    train_tokenizer("sentencepiece-bpe", 300, [TEXT] * 9, tmp_path / "tok")
+    with world_of_one(plan):
+        engine = trained(tmp_path, plan)
+        rows = unwrap(engine.chunks[0]).output_layer.weight.detach()[300:]
+        rows.normal_(std=100.0, generator=torch.Generator().manual_seed(1))
+        engine.optimizer.reload_model_params()
+        engine.save(wait=True)
+    words = ("generate", tmp_path / "run", "--prompt", "a", "--tokenizer", tmp_path / "tok")
+    for drawing in ((), ("--temperature", "2", "--seed", "3")):
+        done = megamoe(*words, "--max-tokens", "9", *drawing)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("a")
+        [line] = said(done)
+        assert ": 9 tokens in " in line
+
+
+@pytest.mark.slow
+def test_a_published_model_speaks_with_its_own_tokenizer(tmp_path):
+    plan = plan_of(tmp_path, tiny.GROUPED)
+    folder = byte_level(tmp_path / "published", {"tokenizer_config.json": CONFIG})
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+    to_hf(tmp_path / "run", tmp_path / "hf", dtype=None, shard_bytes=1 << 30, say=lambda _: None)
+    for file in folder.iterdir():
+        file.rename(tmp_path / "hf" / file.name)
+    (tmp_path / "again").mkdir()
+    write_plan(tmp_path / "again" / "plan.json", replace(plan, data=None))
+    lines: list[str] = []
+    from_hf(tmp_path / "hf", tmp_path / "again", tokens_seen=0, say=lines.append)
+    command = f"megamoe data tokenizer import {tmp_path}/hf -o {tmp_path}/tok"
+    assert any(command.replace(f"{tmp_path}/tok", "OUT") in line for line in lines)
+    assert megamoe(*command.split()[1:]).returncode == 0
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    expected, text = [], [270, *tokenizer.encode("a line")]
+    with world_of_one(plan):
+        model = opened(tmp_path, plan)
+        for _ in range(5):
+            logits_BSV = all_logits(model.module, torch.tensor([text + expected]))
+            expected.append(int(logits_BSV[0, -1, : tokenizer.meta.vocab_size].argmax()))
+    given = ("--tokenizer", tmp_path / "tok")
+    done = megamoe(
+        "generate", tmp_path / "again", "--prompt", "a line", "--max-tokens", "5", *given
+    )
+    spelt = tokenizer.decode([*tokenizer.encode("a line"), *expected])
+    assert (done.returncode, done.stdout) == (0, spelt + "\n"), done.stderr
+    (tmp_path / "some.txt").write_text(TEXT)
+    done = megamoe("eval", "perplexity", tmp_path / "again", tmp_path / "some.txt", *given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split()[1] == str(len(tokenizer.encode(TEXT)))
 
 
 @pytest.mark.slow

@@ -58,7 +58,9 @@ def test_importing_the_commands_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["sample", "tokenizer train", "tokenize", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["sample", "tokenizer train", "tokenizer import", "tokenize", "inspect"]
+)
 def test_every_command_has_help_and_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         data(*command.split(), "--help")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.fim import cut_code, cut_text, encode_parts
-from data_prep.tokenizer import FimIds, Tokenizer, TokenizerMeta
+from data_prep.tokenizer import SPECIAL_TOKENS, FimIds, Tokenizer, TokenizerMeta
 
 CODE = "def f(a,  b):\n    if a:\n\treturn b\n\n\nclass X:\n    pass\n"
 
@@ -31,6 +31,7 @@ LETTERS = Tokenizer(
         fim=FimIds(prefix=4, middle=5, suffix=6, eod=7),
         sha256="",
         file="",
+        special_tokens=dict(enumerate(SPECIAL_TOKENS)),
     ),
     LetterCodec(),
 )

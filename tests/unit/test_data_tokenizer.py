@@ -115,6 +115,14 @@ def test_the_meta_file_says_what_the_model_is(tokenizer):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_meta_file_of_a_trained_tokenizer_is_of_format_1(root, algorithm):
+    fields = json.loads((folder_of(root, algorithm) / "tokenizer_meta.json").read_text())
+    names = "format algorithm vocab_size eod_id pad_id bos_id fim sha256 file"
+    assert list(fields) == names.split()
+    assert fields["format"] == 1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_model_itself_has_the_size_and_the_special_tokens(root, algorithm):
     folder = folder_of(root, algorithm)
     if algorithm == "byte-level-bpe":
@@ -188,7 +196,7 @@ def test_a_meta_file_of_another_format_is_refused(tmp_path):
     train_tokenizer("byte-level-bpe", 300, TEXTS, tmp_path)
     path = tmp_path / "tokenizer_meta.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(DataError, match="format 2 of byte-level-bpe is not known; train anew"):
+    with pytest.raises(DataError, match="format 2 of byte-level-bpe is not known; train or im"):
         read_meta(tmp_path)
 
 

@@ -110,7 +110,7 @@ def test_a_run_without_data_is_told_to_give_a_tokenizer(tokenizer_folder):
         open_tokenizer(PLAN, None)
     assert str(caught.value) == (
         f"{PLAN.recipe}: the run's plan has no data, so no tokenizer either; give --tokenizer DIR, "
-        "a folder that `megamoe data tokenizer train` has made"
+        "a folder that `megamoe data tokenizer train` or `import` has made"
     )
     assert open_tokenizer(PLAN, tokenizer_folder).meta == read_meta(tokenizer_folder)
 
