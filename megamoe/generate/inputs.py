@@ -1,5 +1,6 @@
 """What a trained model reads beside itself: the tokenizer of its data, and files of text."""
 
+import re
 from pathlib import Path
 
 from data_prep.files import expand_inputs
@@ -10,6 +11,7 @@ from megamoe.packages import require_packages
 from megamoe.plan.plan import Plan
 
 _SHARD_ENDINGS = (".bin", ".idx")
+_OF_A_GROUP = re.compile(r"([\w-]+)=(.+)")  # NAME=FILE
 
 
 def open_tokenizer(plan: Plan, folder: Path | None) -> Tokenizer:
@@ -24,6 +26,23 @@ def open_tokenizer(plan: Plan, folder: Path | None) -> Tokenizer:
     package = "tokenizers" if meta.file == "tokenizer.json" else "sentencepiece"
     require_packages("data", package)
     return load_tokenizer(folder)
+
+
+def find_groups(words: list[str]) -> dict[str | None, list[Path]]:
+    """Return the files that words stand for, those of NAME=FILE by name, the others under None.
+
+    A file whose own name is such a word is that file.
+
+    Raises:
+        DataError: as `find_texts`.
+    """
+    groups: dict[str | None, list[Path]] = {}
+    for word in words:
+        is_file = Path(word).exists() or shard_prefix(Path(word))
+        match = None if is_file else _OF_A_GROUP.fullmatch(word)
+        name, file = (match[1], match[2]) if match else (None, word)
+        groups.setdefault(name, []).extend(find_texts([file]))
+    return groups
 
 
 def find_texts(names: list[str]) -> list[Path]:

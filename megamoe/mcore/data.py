@@ -109,7 +109,7 @@ class Windows:
 
     def __init__(
         self,
-        text: numpy.typing.NDArray[numpy.int64],
+        text: numpy.typing.NDArray[numpy.integer],
         seq_len: int,
         pad_id: int,
         end_id: int | None = None,
@@ -157,14 +157,21 @@ class HeldoutText(Windows):
 
 def read_tokens(prefix: Path, tokens: int) -> numpy.typing.NDArray[numpy.int64]:
     """Return the first tokens of a shard, and one more to predict after the last."""
-    dataset = IndexedDataset(str(prefix))
     count, documents = 0, []
-    for document in range(len(dataset)):
+    for document in shard_documents(prefix):
         if count > tokens:
             break
-        documents.append(dataset[document])
-        count += len(documents[-1])
+        documents.append(document)
+        count += len(document)
     return numpy.concatenate(documents).astype(numpy.int64)[: tokens + 1]
+
+
+def shard_documents(prefix: Path) -> Iterator[numpy.typing.NDArray[numpy.int32]]:
+    """Yield the tokens of each document of a shard; what is not asked for is not read."""
+    dataset = IndexedDataset(str(prefix))
+    for document in range(len(dataset)):
+        # A copy: without the dataset, what it returns is memory that is mapped no more.
+        yield dataset[document].astype(numpy.int32)
 
 
 def check_shards(data: Data, segment: Segment) -> None:

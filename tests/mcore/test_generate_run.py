@@ -1,5 +1,6 @@
 """From a run's checkpoint to text and to what text costs, as a person asks for it."""
 
+import json
 import math
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import torch
 
 from data_prep.shards import read_document
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizer_import import import_tokenizer
 from data_prep.tokenizer_train import train_tokenizer
 from megamoe.checkpoints import folder as files
 from megamoe.convert.from_hf import from_hf
 from megamoe.convert.to_hf import to_hf
 from megamoe.errors import CheckpointError, DataError
 from megamoe.generate.inputs import find_texts
-from megamoe.generate.perplexity import Cost, Text, cost_of, read_texts
+from megamoe.generate.perplexity import Cost, Text, cost_of, read_text, sum_of
 from megamoe.mcore.inference import TrainedModel, all_logits
 from megamoe.mcore.model import unwrap
 from megamoe.plan.json import write_plan
@@ -28,7 +30,7 @@ from tests.mcore import tiny
 from tests.mcore.test_model import FLOAT32, reference_weights, roundings
 from tests.mcore.world import train, with_segment, world_of_one
 from tests.reference.model import Reference, token_losses
-from tests.unit.test_data_tokenizer_import import CONFIG, byte_level
+from tests.unit.test_data_tokenizer_import import CONFIG, byte_level, sentencepiece
 
 ROOT = Path(__file__).parents[2]
 TEXT = "a line of text, 글 한 줄, and so on\n"
@@ -59,6 +61,14 @@ def opened(folder: Path, plan: Plan) -> TrainedModel:
 
 def tokenizer_of(plan: Plan) -> Tokenizer:
     return load_tokenizer(Path(plan.data.folder) / "tokenizer")
+
+
+def read(file: Path, tokenizer: Tokenizer) -> Text:
+    return read_text(file, tokenizer, text_key="text", max_tokens=10_000)
+
+
+def tokens_of(text: Text) -> list[int]:
+    return [token for document in text.documents for token in document.tolist()]
 
 
 @pytest.mark.parametrize("precision", [Fp32(), Bf16()])
@@ -95,7 +105,7 @@ def test_heldout_text_costs_what_it_did_in_training(tmp_path, model, document_ma
         [expected] = trained(tmp_path, plan).evaluate()
         shard = Path(plan.data.folder) / "one.heldout.bin"
         tokenizer = tokenizer_of(plan)
-        [text] = read_texts([shard], tokenizer, text_key="text", max_tokens=plan.eval_tokens)
+        text = read_text(shard, tokenizer, text_key="text", max_tokens=plan.eval_tokens)
         cost = cost_of(text, opened(tmp_path, plan), tokenizer)
     assert cost.tokens == expected.tokens
     assert (cost.tokens < plan.eval_tokens) == document_mask
@@ -108,7 +118,7 @@ def test_a_text_of_ends_alone_is_refused_where_documents_are_masked(tmp_path):
     plan = with_segment(plan_of(tmp_path), document_mask=True)
     with world_of_one(plan):
         trained(tmp_path, plan)
-        text = Text(name="empty.bin", tokens=numpy.array([2, 2, 2]))
+        text = Text(name="empty.bin", documents=[numpy.array([2, 2]), numpy.array([2])])
         with pytest.raises(DataError) as caught:
             cost_of(text, opened(tmp_path, plan), tokenizer_of(plan))
     assert str(caught.value) == (
@@ -124,11 +134,10 @@ def test_a_text_costs_what_the_reference_says(tmp_path):
     with world_of_one(plan):
         trained(tmp_path, plan)
         model = opened(tmp_path, plan)
-        [text] = read_texts([file], tokenizer, text_key="text", max_tokens=10_000)
-        cost = cost_of(text, model, tokenizer)
+        cost = cost_of(read(file, tokenizer), model, tokenizer)
         reference = Reference(plan.model, reference_weights(model.module))
     ids = [*tokenizer.encode(TEXT * 3), 2]
-    assert text.tokens.tolist() == ids
+    assert tokens_of(read(file, tokenizer)) == ids
     expected = 0.0
     for start in range(0, len(ids) - 1, 16):
         window = torch.tensor([ids[start : start + 17]])
@@ -140,38 +149,42 @@ def test_a_text_costs_what_the_reference_says(tmp_path):
 
 
 def test_loss_perplexity_and_bits_a_byte():
-    cost = Cost(name="x", tokens=10, nats=20 * math.log(2), num_bytes=40)
+    cost = Cost(tokens=10, nats=20 * math.log(2), num_bytes=40)
     assert cost.loss == pytest.approx(2 * math.log(2))
     assert cost.perplexity == pytest.approx(4)
     assert cost.bits_per_byte == pytest.approx(0.5)
+    both = sum_of([cost, Cost(tokens=30, nats=0.0, num_bytes=0)])
+    assert (both.tokens, both.nats, both.num_bytes) == (40, cost.nats, 40)
+    assert Cost(tokens=1, nats=1.0, num_bytes=0).bits_per_byte == math.inf  # end tokens alone
 
 
 def test_documents_of_json_lines_each_end(tmp_path):
     tokenizer = tokenizer_of(plan_of(tmp_path))
     file = tmp_path / "some.jsonl"
     file.write_text('{"body": "ab"}\n{"body": ""}\n{"body": "c"}\n')
-    [text] = read_texts([file], tokenizer, text_key="body", max_tokens=100)
-    assert text.tokens.tolist() == [*tokenizer.encode("ab"), 2, *tokenizer.encode("c"), 2]
-    [text] = read_texts([file], tokenizer, text_key="body", max_tokens=2)
-    assert len(text.tokens) == 3
+    ids = [*tokenizer.encode("ab"), 2, *tokenizer.encode("c"), 2]
+    text = read_text(file, tokenizer, text_key="body", max_tokens=100)
+    assert [document.tolist() for document in text.documents] == [ids[:-2], ids[-2:]]
+    assert tokens_of(read_text(file, tokenizer, text_key="body", max_tokens=2)) == ids[:3]
 
 
 def test_a_shard_is_read_by_either_file_and_by_its_prefix(tmp_path):
     plan = plan_of(tmp_path)
     prefix = Path(plan.data.folder) / "one.heldout"
     names = [f"{prefix}.bin", f"{prefix}.idx", str(prefix)]
-    texts = list(
-        read_texts(find_texts(names), tokenizer_of(plan), text_key="text", max_tokens=10_000)
-    )
     expected = [token for number in range(5) for token in read_document(prefix, number)]
-    assert [text.tokens.tolist() for text in texts] == [expected] * 3
+    for file in find_texts(names):
+        assert tokens_of(read(file, tokenizer_of(plan))) == expected
 
 
 def test_a_text_that_predicts_nothing_is_refused(tmp_path):
     plan = plan_of(tmp_path)
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(DataError, match=r"empty.txt: holds 0 tokens; 2 are needed"):
-        list(read_texts([tmp_path / "empty.txt"], tokenizer_of(plan), text_key="t", max_tokens=9))
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        model = opened(tmp_path, plan)
+        with pytest.raises(DataError, match=r"empty.txt: holds 0 tokens; 2 are needed"):
+            cost_of(read(tmp_path / "empty.txt", tokenizer_of(plan)), model, tokenizer_of(plan))
 
 
 def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
@@ -180,8 +193,69 @@ def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
     small = load_tokenizer(tmp_path / "small")
     small = replace(small, meta=replace(small.meta, vocab_size=50))
     shard = Path(plan.data.folder) / "one.bin"
-    with pytest.raises(DataError, match=r"one\.bin: holds token 95, the tokenizer has 50"):
-        list(read_texts([shard], small, text_key="text", max_tokens=10_000))
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        model = opened(tmp_path, plan)
+        with pytest.raises(DataError, match=r"one\.bin: holds token \d+, the tokenizer has 50"):
+            cost_of(read(shard, small), model, small)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_text_costs_the_same_however_its_documents_come(tmp_path, document_mask):
+    plan = with_segment(plan_of(tmp_path), document_mask=document_mask)
+    tokenizer = tokenizer_of(plan)
+    documents = [[*tokenizer.encode(TEXT[:size]), 2] for size in (1, 30, 36, 2)] * 60
+    documents.append(tokenizer.encode(TEXT * 90))  # longer than what is computed at once
+    whole = [token for document in documents for token in document]
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        model = opened(tmp_path, plan)
+        apart, together = (
+            cost_of(Text(name="x", documents=map(numpy.array, parts)), model, tokenizer)
+            for parts in (documents, [whole])
+        )
+    assert apart.nats == together.nats  # the same windows in the same order
+    assert apart == together
+    predicted = len(whole) - (len(documents) if document_mask else 1)
+    assert apart.tokens == predicted > 2 * 2_048
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_bytes_are_those_of_the_text_where_a_codec_drops_the_first_space(tmp_path, document_mask):
+    plan = with_segment(plan_of(tmp_path), document_mask=document_mask)
+    plan = replace(plan, model=replace(plan.model, vocab_size=320))
+    imported = sentencepiece(tmp_path / "hf", {})
+    import_tokenizer(imported, tmp_path / "tok", end_token=None, pad_token=None)
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    lines = ["a line of text", "글 한 줄", "and so on"]
+    (tmp_path / "some.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    firsts = [len(tokenizer.decode(tokenizer.encode(line)[:1]).encode()) for line in lines]
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        model = opened(tmp_path, plan)
+        cost = cost_of(read(tmp_path / "some.jsonl", tokenizer), model, tokenizer)
+    unpredicted = sum(firsts) if document_mask else firsts[0]
+    assert cost.num_bytes == sum(len(line.encode()) for line in lines) - unpredicted
+
+
+def test_a_text_is_not_held_as_a_whole(tmp_path):
+    """The first window is computed before the third document is read."""
+    plan = plan_of(tmp_path)
+    tokenizer = tokenizer_of(plan)
+    read_at: list[int] = []
+    computed: list[int] = []
+
+    def documents():
+        for number in range(6):
+            read_at.append(len(computed))
+            yield numpy.full(1_500, 9 + number, dtype=numpy.int32)
+
+    with world_of_one(plan):
+        trained(tmp_path, plan)
+        model = opened(tmp_path, plan)
+        model.module.decoder.register_forward_hook(lambda *_: computed.append(1))
+        cost_of(Text(name="x", documents=documents()), model, tokenizer)
+    assert read_at == [0, 0, 1, 2, 2, 3]
 
 
 def megamoe(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -208,9 +282,16 @@ def test_the_commands_speak_and_measure(tmp_path):
     [line] = said(first)  # no warning of any library
     assert "000000000000256: " in line
     shard = f"{plan.data.folder}/one.heldout.bin"
-    done = megamoe("eval", "perplexity", run, shard, "--max-tokens", plan.eval_tokens)
+    files = (f"a={shard}", "b=" + shard.replace("one.heldout", "two"), shard, f"a={shard}")
+    done = megamoe("eval", "perplexity", run, *files, "--max-tokens", plan.eval_tokens)
     assert (done.returncode, said(done)) == (0, [])
-    assert done.stdout.splitlines()[-1].split()[:3] == [shard, "200", f"{expected.loss:.4f}"]
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    names = [shard, shard, "all of a", shard.replace("one.heldout", "two"), "all of b", shard]
+    assert [" ".join(row[:-4]) for row in rows] == names
+    assert rows[0][1:] == rows[1][1:] == rows[-1][1:]
+    assert rows[0][1:3] == ["200", f"{expected.loss:.4f}"]
+    assert rows[2][-4:] == ["400", *rows[0][-3:]]
+    assert rows[3][-4:] == rows[4][-4:] != rows[0][-4:]
 
 
 @pytest.mark.slow
@@ -265,9 +346,10 @@ def test_a_published_model_speaks_with_its_own_tokenizer(tmp_path):
     spelt = tokenizer.decode([*tokenizer.encode("a line"), *expected])
     assert (done.returncode, done.stdout) == (0, spelt + "\n"), done.stderr
     (tmp_path / "some.txt").write_text(TEXT)
-    done = megamoe("eval", "perplexity", tmp_path / "again", tmp_path / "some.txt", *given)
+    done = megamoe("eval", "perplexity", tmp_path / "again", f"en={tmp_path}/some.txt", *given)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].split()[1] == str(len(tokenizer.encode(TEXT)))
+    total = done.stdout.splitlines()[-1].split()
+    assert total[:4] == ["all", "of", "en", str(len(tokenizer.encode(TEXT)))]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from data_prep.tokenizer_train import train_tokenizer
 from megamoe import __main__ as command
 from megamoe.checkpoints.place import find_checkpoint
 from megamoe.errors import CheckpointError, DataError, MegamoeError
-from megamoe.generate.inputs import find_texts, open_tokenizer
+from megamoe.generate.inputs import find_groups, find_texts, open_tokenizer
 from megamoe.packages import require_packages
 from megamoe.plan.build import Options, build_plan
 from megamoe.plan.json import digest, write_plan
@@ -171,3 +171,19 @@ def test_a_shard_without_a_token_is_named(tmp_path, name):
         find_texts([str(tmp_path / name)])
     (tmp_path / "empty.bin").write_bytes(b"\0\0")
     assert find_texts([str(tmp_path / name)]) == [tmp_path / name]
+
+
+def test_files_of_a_language_are_found_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("a.txt", "b.txt", "books/c.txt", "books/d.txt", "ko=e.txt")
+    Path("books").mkdir()
+    for name in names:
+        Path(name).write_text("text")
+    words = ["korean=a.txt", "b.txt", "한국어=books", "korean=books/d*.txt", "ko=e.txt"]
+    assert find_groups(words) == {
+        "korean": [Path("a.txt"), Path("books/d.txt")],
+        None: [Path("b.txt"), Path("ko=e.txt")],  # the last is a file's name
+        "한국어": [Path("books/c.txt"), Path("books/d.txt")],
+    }
+    with pytest.raises(DataError, match=r"none\.txt: no such file, folder or pattern"):
+        find_groups(["korean=none.txt"])
