@@ -97,7 +97,7 @@ def machine_of(cluster: Cluster, num_neighbours: int) -> Machine:
 def wire_bytes(layer: AttentionLayer, scheme: Scheme, extent: Extent) -> WireBytes:
     """Return what one rank receives for one call, if latents, keys, values and queries have gradients.
 
-    Documents are not in it: `document_starts` receives 4 * (S - L) * B bytes once a batch.
+    Documents are not in it: `document_starts` receives (S - L) * B bytes once a batch, and an id a sequence.
     """
     if extent.cp == 1:
         return WireBytes()
