@@ -23,6 +23,7 @@ from megamoe.nn.context_group import ContextGroup, shard_len
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import Scheme, begin, finish, schemes
 from megamoe.nn.context_tokens import document_starts, next_tokens, starts_of_lengths
+from megamoe.nn.context_transfers import Halo
 from tests.numerics.context_cases import grouped, latent
 from tests.numerics.context_world import SIZES, cases
 
@@ -180,6 +181,32 @@ def test_beginnings_of_documents_that_are_not_of_each_whole_sequence_are_refused
         finish(begun, torch.zeros(6, 2, 4, 5), torch.zeros(4 * 8, 7), starts_SB)
     with pytest.raises(MegamoeError, match=re.escape(advice)):
         next_tokens(torch.zeros(6, 2), cp, shift=1, fill=0, starts_SB=starts_SB)
+
+
+class Answering(ContextGroup):
+    """The first of several ranks, to which the others send what is given."""
+
+    def __init__(self, parts: list[torch.Tensor]) -> None:
+        """Take what comes from ranks 1, 2, ..., whole shards."""
+        super().__init__(None)
+        self.size, self.parts = len(parts) + 1, parts
+
+    def exchange(self, sends, receives, direction):
+        """Fill the end of a shard, as much as is wanted of it."""
+        for rank, tensor in receives:
+            tensor.copy_(self.parts[rank - 1][-len(tensor) :])
+        return []
+
+
+def test_gradients_of_a_halo_over_several_ranks_are_rounded_once(generator):
+    parts = [torch.randn(3, 2, 40, generator=generator).bfloat16() for _ in range(7)]
+    halo = Halo(num_rows=3 * 7, shard_len=3, side=-1)
+    cp = Answering(parts)
+    found = halo.post_transposed(cp, torch.empty(0, 2, 40, dtype=torch.bfloat16)).wait()
+    expected = sum(part.double() for part in parts)
+    assert found.dtype is torch.bfloat16
+    # One rounding to 8 bits, 2^-8 of the value; before it seven sums in float32, of terms below 5.
+    assert ((found - expected).abs() <= 2.0**-8 * expected.abs() + 7 * 35 * 2.0**-24).all()
 
 
 def test_documents_begin_where_cumulative_lengths_say():
