@@ -41,18 +41,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.record import say
 from megamoe.commit import running_commit
 from megamoe.doctor.machine import this_machine
-from megamoe.nn.context_cost import Extent, Machine, choose, explain
+from megamoe.nn.context_cost import Extent, choose, explain, machine_of
 from megamoe.nn.context_group import ContextGroup, WireBytes
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads, can_share_heads
 from megamoe.nn.context_parallel import Scheme, begin, finish
+from megamoe.plan.cli import named_cluster
 from megamoe.recipe import MLA, Model
 from megamoe.recipe.load import load_recipe
 
 MODELS = ("vaetki_100b_a10b", "k_exaone_236b_a23b", "ax_k1_519b_a33b")
 EXTENTS = ((32_768, 8), (131_072, 32))
 SCHEMES = ("latent", "kv_all_gather", "all_to_all")
-# Of one H200 with a 400 Gbit/s link; 500 TFLOP/s is what FlashAttention 3 comes near.
-H200 = Machine(link_bytes_per_s=50e9, flops_per_s=500e12, message_s=20e-6)
+CLUSTER = "h200-8x400g"  # by whose rates the cost model chooses, as the engine does there
 TIMED_WORLDS = (4, 8)
 TIMED_SEQ_LEN, TIMED_WINDOW = 1_024, 64
 
@@ -96,7 +96,7 @@ def plan(layers: Counter[AttentionLayer], scheme: str, extent: Extent) -> list[P
     planned = []
     for layer, count in layers.items():
         if scheme == "latent":
-            costs = choose(layer, extent, H200)
+            costs = choose(layer, extent, machine_of(named_cluster(CLUSTER, 1), extent.cp))
             say(f"  {count} layers, window {layer.window}: {explain(costs, costs[0].scheme)}")
             planned.append(Planned(layer.heads, layer, costs[0].scheme, count))
             continue

@@ -1,21 +1,17 @@
 """How the layers of a segment share sequences over cp: what a recipe asks for, or what costs least."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
+import torch
+
 from megamoe.mcore.config import parameter_dtype
-from megamoe.nn.context_cost import Cost, Extent, Machine, choose, explain
+from megamoe.nn.context_cost import Cost, Extent, Machine, choose, explain, machine_of
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import Scheme
 from megamoe.plan.cluster import Cluster
 from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import MLA, Model
-
-# Rates to choose by where a cluster states none: gloo on one machine, or NVLink 4 of 450 GB/s each way.
-_CPU = Machine(link_bytes_per_s=1e9, flops_per_s=2e10, message_s=1e-4)
-_NVLINK_BYTES_PER_S = 300e9
-_SHARE_OF_PEAK = 0.5
-_MESSAGE_S = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +35,12 @@ def sharing_of(plan: Plan, segment: Segment) -> Sharing:
         has_documents=segment.document_mask,
     )
     # Ranks of tp are neighbours, then those of cp.
-    machine = _machine(plan.cluster, layout.tp * layout.cp)
-    return Sharing(asked=layout.cp_scheme, extent=extent, machine=machine)
+    machine = machine_of(plan.cluster, layout.tp * layout.cp)
+    return Sharing(
+        asked=layout.cp_scheme,
+        extent=extent,
+        machine=replace(machine, device=_device(plan.cluster)),
+    )
 
 
 @cache
@@ -96,14 +96,8 @@ def attention_layer(model: Model, tp: int, *, has_window: bool) -> AttentionLaye
     return AttentionLayer(heads=heads, window=model.window if has_window else None, scale=1.0)
 
 
-def _machine(cluster: Cluster, num_neighbours: int) -> Machine:
-    if cluster.peak_flops_per_s is None:
-        return _CPU
-    link = _NVLINK_BYTES_PER_S
-    if num_neighbours > cluster.devices_per_node and cluster.network_bytes_per_s is not None:
-        link = cluster.network_bytes_per_s / cluster.devices_per_node
-    return Machine(
-        link_bytes_per_s=link,
-        flops_per_s=_SHARE_OF_PEAK * cluster.peak_flops_per_s,
-        message_s=_MESSAGE_S,
-    )
+def _device(cluster: Cluster) -> torch.device | None:
+    """Return where this rank would attend; None: on a GPU that is not here."""
+    if cluster.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda") if torch.cuda.is_available() else None

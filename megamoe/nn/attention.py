@@ -128,6 +128,8 @@ def bounded_attention(
         [S, B, N * V], dtype of the queries.
     """
     (seq_len, batch, num_heads, _), num_keys = q_SBND.shape, len(k_PBMD)
+    # Kernels count documents by it, so that it must not be broadcast.
+    assert first_SB.shape == (seq_len, batch), (first_SB.shape, q_SBND.shape)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_PBMD, v_PBMV))
     if q.is_cuda and seq_len > 1:
         whole = attention_gpu.run_documents(q, k, v, window, scale, first_SB)

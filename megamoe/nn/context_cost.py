@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megamoe.nn import context_ring_kernels
 from megamoe.nn.context_group import WireBytes, shard_len
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import Scheme, schemes
+from megamoe.nn.context_ring_kernels import StepCase
 from megamoe.nn.context_transfers import Chunks
+from megamoe.plan.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,9 @@ class Machine:
     link_bytes_per_s: float  # received, while it computes
     flops_per_s: float  # of attention and projections
     message_s: float  # from one rank to another, however small
+    device: torch.device | None = (
+        None  # where kernels are tried; None: not here, they are relied on
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +62,42 @@ class Cost:
 # is less; neither makes such a ring the fastest.
 _SCORES_WRITTEN_OUT = 15.0
 
+# By how much a ring must be faster than heads to be taken where heads divide. Its estimate hides all
+# messages behind its attention and takes many small steps to be as fast as one large one; that of heads
+# hides nothing. And it sends several times as much, which others on the same links pay for.
+_CLEAR_GAIN = 0.1
+
+# Rates where a cluster states none: gloo on one machine; NVLink 4, of 450 GB/s each way. Of the peak
+# FlashAttention 3 comes near a half; a message is a kernel of NCCL and a network.
+_CPU = Machine(link_bytes_per_s=1e9, flops_per_s=2e10, message_s=1e-4)
+_NVLINK_BYTES_PER_S = 300e9
+_SHARE_OF_PEAK = 0.5
+_MESSAGE_S = 2e-5
+
+
+def machine_of(cluster: Cluster, num_neighbours: int) -> Machine:
+    """Return the rates of a rank of a cluster.
+
+    Args:
+        cluster: of which each device is a rank.
+        num_neighbours: ranks side by side among which those of a sequence are, tp * cp.
+    """
+    if cluster.peak_flops_per_s is None:
+        return _CPU
+    link = _NVLINK_BYTES_PER_S
+    if num_neighbours > cluster.devices_per_node and cluster.network_bytes_per_s is not None:
+        link = cluster.network_bytes_per_s / cluster.devices_per_node
+    return Machine(
+        link_bytes_per_s=link,
+        flops_per_s=_SHARE_OF_PEAK * cluster.peak_flops_per_s,
+        message_s=_MESSAGE_S,
+    )
+
 
 def wire_bytes(layer: AttentionLayer, scheme: Scheme, extent: Extent) -> WireBytes:
     """Return what one rank receives for one call, if latents, keys, values and queries have gradients.
 
-    Documents are not in it: `document_starts` receives 4 * (S - L) * B bytes once a batch.
+    Documents are not in it: `document_starts` receives (S - L) * B bytes once a batch, and an id a sequence.
     """
     if extent.cp == 1:
         return WireBytes()
@@ -97,14 +134,14 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
     Attention is computed 3.5 times, the scores of its backward pass anew, and projections three
     times, in a ring four. Messages of a ring are hidden by its attention as far as that takes;
     those of the others by nothing, though a caller may hide some behind its query projections. A ring
-    has no kernel for a window or documents (megamoe/nn/context_ring.py).
+    has no kernel for a window or documents (megamoe/nn/context_ring.py), and none where none passed its trial.
     """
     wire = wire_bytes(layer, scheme, extent)
     attention, projection = _attention_flops(layer, scheme, extent), 0.0
     if isinstance(layer.heads, LatentHeads):
         projection = _projection_flops(layer, layer.heads, scheme, extent)
     flops = 3.5 * attention + (4 if scheme is Scheme.RING else 3) * projection
-    writes_scores = scheme is Scheme.RING and (layer.window is not None or extent.has_documents)
+    writes_scores = scheme is Scheme.RING and _writes_scores(layer, extent, machine)
     slowed = 3.5 * attention * (_SCORES_WRITTEN_OUT - 1) if writes_scores else 0.0
     computing = (flops + slowed) / machine.flops_per_s
     sending = (wire.forward + wire.backward) / machine.link_bytes_per_s
@@ -119,7 +156,9 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
 
 
 def choose(layer: AttentionLayer, extent: Extent, machine: Machine) -> tuple[Cost, ...]:
-    """Return what every scheme that can do the layer costs its slowest rank, the fastest first.
+    """Return what every scheme that can do the layer costs its slowest rank, the one to take first.
+
+    That is the fastest, but heads before a ring that gains less than a tenth.
 
     Args:
         layer: to be computed.
@@ -136,13 +175,19 @@ def choose(layer: AttentionLayer, extent: Extent, machine: Machine) -> tuple[Cos
         )
         for scheme in schemes(layer, extent.cp)
     ]
-    return tuple(sorted(worst, key=lambda cost: cost.seconds))
+    seconds = {cost.scheme: cost.seconds for cost in worst}
+    if Scheme.HEADS in seconds and seconds[Scheme.RING] > (1 - _CLEAR_GAIN) * seconds[Scheme.HEADS]:
+        seconds[Scheme.RING] = max(seconds[Scheme.RING], seconds[Scheme.HEADS])
+    return tuple(sorted(worst, key=lambda cost: seconds[cost.scheme]))  # as listed where they tie
 
 
 def explain(costs: tuple[Cost, ...], chosen: Scheme) -> str:
     """Return one line for a log: what was chosen, whether by estimate, and what else there was."""
     by_scheme = {cost.scheme: cost for cost in costs}
-    why = "fastest by estimate" if chosen is costs[0].scheme else "as asked for"
+    why = "as asked for"
+    if chosen is costs[0].scheme:
+        is_fastest = costs[0].seconds <= min(cost.seconds for cost in costs)
+        why = "fastest by estimate" if is_fastest else "a ring gains too little by estimate"
     listed = ", ".join(_described(cost) for cost in costs if cost.scheme is not chosen)
     others = f"; else {listed}" if listed else ""
     return f"{_described(by_scheme[chosen])}, {why}{others}"
@@ -155,6 +200,22 @@ def _described(cost: Cost) -> str:
         f"{cost.scheme.value} {cost.seconds * 1e3:.3g} ms ({received:.3g} MB, "
         f"{cost.flops / 1e12:.3g} TFLOP{scores})"
     )
+
+
+def _writes_scores(layer: AttentionLayer, extent: Extent, machine: Machine) -> bool:
+    """Tell whether a ring has no kernel for the layer."""
+    if layer.window is not None or extent.has_documents:
+        return True
+    if machine.device is None:
+        return False
+    case = StepCase(
+        device=machine.device,
+        dtype=extent.dtype,
+        key_dim=layer.heads.key_dim,
+        value_dim=layer.heads.value_dim,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return context_ring_kernels.choose(case) is None
 
 
 def _halo_rows(layer: AttentionLayer, extent: Extent) -> tuple[int, int]:

@@ -136,6 +136,25 @@ def shard_len(seq_len: int, cp: int) -> int:
     return seq_len // cp
 
 
+def check_starts(starts_SB: Tensor, tokens_LB: tuple[int, ...], cp: int) -> None:
+    """Check that the beginnings of documents are those of whole sequences, and of each of a batch.
+
+    Args:
+        starts_SB: where the document of each token begins.
+        tokens_LB: tokens of a rank, and sequences.
+        cp: number of ranks that share them.
+
+    Raises:
+        MegamoeError: they are of one rank's tokens, or of one sequence for all.
+    """
+    given, wanted = tuple(starts_SB.shape), (cp * tokens_LB[0], tokens_LB[1])
+    if given != wanted:
+        raise MegamoeError(
+            f"starts_SB is {list(given)}, and cp {cp} with {tokens_LB[0]} tokens a rank of "
+            f"{tokens_LB[1]} sequences needs {list(wanted)}; give those of whole sequences, one by one"
+        )
+
+
 class Transfer(Protocol):
     """A linear map whose input and output are spread over the ranks."""
 

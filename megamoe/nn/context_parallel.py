@@ -33,7 +33,7 @@ from torch import Tensor
 from megamoe.errors import MegamoeError
 from megamoe.nn import context_ring_kernels
 from megamoe.nn.attention import bounded_attention, continued_attention
-from megamoe.nn.context_group import ContextGroup, Posted
+from megamoe.nn.context_group import ContextGroup, Posted, check_starts
 from megamoe.nn.context_heads import AttentionLayer, LatentHeads, can_share_heads
 from megamoe.nn.context_ring import Ring, ring_attention
 from megamoe.nn.context_ring_kernels import StepCase
@@ -120,7 +120,12 @@ def finish(
 
     Returns:
         [L, B, N * V], dtype of the queries.
+
+    Raises:
+        MegamoeError: starts_SB is not of the whole sequence, or not of each of the batch.
     """
+    if starts_SB is not None:
+        check_starts(starts_SB, q_LBND.shape, begun.cp.size)
     if begun.cp.size == 1:
         k, v = begun.layer.heads.expand(begun.rows, up_weight)
         return _attend(begun, q_LBND, k, v, starts_SB)

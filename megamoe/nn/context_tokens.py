@@ -6,25 +6,32 @@ Shapes: S sequence, L tokens of a rank, B batch.
 import torch
 from torch import Tensor
 
-from megamoe.nn.context_group import ContextGroup, Posted
+from megamoe.nn.context_group import ContextGroup, Posted, check_starts
 from megamoe.nn.context_transfers import Halo
 
 
 def document_starts(ids_LB: Tensor, cp: ContextGroup) -> Tensor:
     """Return where the document of each token begins, [S, B] int32, on every rank.
 
-    Documents are gathered once a batch, for all layers: 4 bytes a token.
+    Where they begin is gathered once a batch, for all layers: a byte a token, and an id of each
+    sequence from the rank before.
 
     Args:
-        ids_LB: integers, one for each token of this rank; neighbours in a document have the same,
+        ids_LB: integers of any width, one for each token of this rank; neighbours in a document have the same,
             and two documents side by side have different ones.
         cp: the ranks that share the sequence.
     """
-    ids_LB = ids_LB.to(torch.int32)
-    ids_SB = ids_LB if cp.size == 1 else cp.all_gather(ids_LB, "forward").wait()
-    positions = torch.arange(len(ids_SB), dtype=torch.int32, device=ids_SB.device)[:, None]
-    begins = torch.ones_like(ids_SB, dtype=torch.bool)
-    begins[1:] = ids_SB[1:] != ids_SB[:-1]
+    before = ids_LB[:0]
+    if cp.size > 1:
+        halo = Halo(num_rows=1, shard_len=len(ids_LB), side=-1)
+        before = Posted(cp, halo, ids_LB[-1:]).wait()
+    seen = torch.cat((before, ids_LB))
+    # Compared as they are: in 32 bits 5 and 5 + 2^32 would be one document.
+    begins = torch.ones_like(ids_LB, dtype=torch.uint8)
+    begins[1 - len(before) :] = seen[1:] != seen[:-1]
+    if cp.size > 1:
+        begins = cp.all_gather(begins, "forward").wait()
+    positions = torch.arange(len(begins), dtype=torch.int32, device=begins.device)[:, None]
     return (positions * begins).cummax(dim=0).values.to(torch.int32)
 
 
@@ -57,7 +64,12 @@ def next_tokens(
         shift: at least 1; it may reach beyond the next rank.
         fill: what stands after the end of the sequence: padding, or the label that is ignored.
         starts_SB: from `document_starts`, to fill after the end of each document, too.
+
+    Raises:
+        MegamoeError: starts_SB is not of the whole sequence, or not of each of the batch.
     """
+    if starts_SB is not None:
+        check_starts(starts_SB, tokens_LB.shape, cp.size)
     assert shift >= 1, shift
     assert not tokens_LB.requires_grad, "tokens, labels and masks have no gradient"
     length = len(tokens_LB)

@@ -64,10 +64,13 @@ class Halo:
         works = cp.exchange(sends, receives, "backward")
 
         def add_up() -> Tensor:
-            total = grad.new_zeros(min(self.num_rows, self.shard_len), *grad.shape[1:])
+            # Of up to cp - 1 ranks: rounded once, at the end.
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            shape = (min(self.num_rows, self.shard_len), *grad.shape[1:])
+            total = grad.new_zeros(shape, dtype=wide)
             for rank_and_rows, (_, tensor) in zip(targets, receives, strict=True):
                 self._edge(total, rank_and_rows[1]).add_(tensor)
-            return total
+            return total.to(grad.dtype)
 
         return Pending(works, add_up, [tensor for _, tensor in sends])
 

@@ -11,7 +11,9 @@ from megamoe.mcore.model import build_chunk, unwrap
 from megamoe.mcore.sharing import describe
 from megamoe.nn.context_group import ContextGroup, Pending
 from megamoe.nn.context_parallel import Scheme
-from megamoe.recipe import MLA
+from megamoe.plan.cli import named_cluster
+from megamoe.recipe import MLA, Bf16
+from megamoe.recipe.load import load_recipe
 from tests.mcore import tiny
 from tests.mcore.world import world_of_one
 
@@ -101,3 +103,30 @@ def test_auto_does_not_choose_a_ring_that_would_write_out_scores(tmp_path, docum
     _, said = describe(plan, plan.segments[0])
     assert said.startswith(f"general: cp 32, layers without: {chosen} ")
     assert ("scores written out" in said) == document_mask
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize(("seq_len", "cp"), [(32_768, 8), (131_072, 32)])
+@pytest.mark.parametrize("name", ["vaetki_100b_a10b", "k_exaone_236b_a23b", "ax_k1_519b_a33b"])
+def test_auto_is_heads_where_cp_divides_them_and_a_ring_otherwise(
+    tmp_path, name, seq_len, cp, document_mask
+):
+    """On nodes of 8 H200. With documents a ring has no kernel, and all rows are gathered instead."""
+    plan = tiny.tiny_plan(
+        tmp_path,
+        layout=replace(tiny.LAYOUT, cp=cp, micro_batch=1),
+        seq_len=seq_len,
+        document_mask=document_mask,
+        precision=Bf16(),
+    )
+    model = load_recipe(name).recipe.model
+    plan = replace(plan, model=model, cluster=named_cluster("h200-8x400g", 4))
+    said = describe(plan, plan.segments[0])
+    chosen = "heads"
+    if name.startswith("vaetki") and cp == 32:  # 24 heads
+        chosen = "gather" if document_mask else "ring"
+    expected = [] if model.window is None else [f"general: cp {cp}, layers with a window: halo "]
+    expected.append(f"general: cp {cp}, layers without: {chosen} ")
+    assert len(said) == len(expected)
+    for line, beginning in zip(said, expected, strict=True):
+        assert line.startswith(beginning), line

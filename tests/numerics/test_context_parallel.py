@@ -4,6 +4,7 @@ All cases run once, in one world of 8 processes (context_world.py).
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,8 +21,9 @@ from megamoe.nn.attention import bounded_attention
 from megamoe.nn.context_cost import Extent, Machine, choose, explain, wire_bytes
 from megamoe.nn.context_group import ContextGroup, shard_len
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
-from megamoe.nn.context_parallel import Scheme, begin, schemes
+from megamoe.nn.context_parallel import Scheme, begin, finish, schemes
 from megamoe.nn.context_tokens import document_starts, next_tokens, starts_of_lengths
+from megamoe.nn.context_transfers import Halo
 from tests.numerics.context_cases import grouped, latent
 from tests.numerics.context_world import SIZES, cases
 
@@ -156,6 +158,55 @@ def test_documents_begin_where_ids_change():
     ids = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 1, 1, 1, 2, 2]]).T
     expected = torch.tensor([[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 4, 4]]).T
     assert torch.equal(document_starts(ids, ContextGroup(None)), expected.to(torch.int32))
+
+
+def test_documents_whose_ids_differ_beyond_32_bits_are_apart():
+    ids = torch.tensor([[5, 5, 5 + 2**32, 5 + 2**32, 5]]).T
+    assert document_starts(ids, ContextGroup(None)).flatten().tolist() == [0, 0, 2, 2, 4]
+
+
+@pytest.mark.parametrize("shape", [(12, 1), (6, 2), (12, 3), (12,)])
+def test_beginnings_of_documents_that_are_not_of_each_whole_sequence_are_refused(shape):
+    """Broadcast over a batch they were right on a CPU and wrong by kernels, which count documents."""
+    cp = ContextGroup(None)
+    cp.size = 2
+    layer = AttentionLayer(heads=latent(4), window=1, scale=1.0)
+    starts_SB = torch.zeros(shape, dtype=torch.int32)
+    begun = begin(cp, layer, Scheme.HALO, (torch.zeros(6, 2, 7), torch.zeros(6, 2, 2)))
+    advice = (
+        f"starts_SB is {list(shape)}, and cp 2 with 6 tokens a rank of 2 sequences needs [12, 2]; "
+        "give those of whole sequences, one by one"
+    )
+    with pytest.raises(MegamoeError, match=re.escape(advice)):
+        finish(begun, torch.zeros(6, 2, 4, 5), torch.zeros(4 * 8, 7), starts_SB)
+    with pytest.raises(MegamoeError, match=re.escape(advice)):
+        next_tokens(torch.zeros(6, 2), cp, shift=1, fill=0, starts_SB=starts_SB)
+
+
+class Answering(ContextGroup):
+    """The first of several ranks, to which the others send what is given."""
+
+    def __init__(self, parts: list[torch.Tensor]) -> None:
+        """Take what comes from ranks 1, 2, ..., whole shards."""
+        super().__init__(None)
+        self.size, self.parts = len(parts) + 1, parts
+
+    def exchange(self, sends, receives, direction):
+        """Fill the end of a shard, as much as is wanted of it."""
+        for rank, tensor in receives:
+            tensor.copy_(self.parts[rank - 1][-len(tensor) :])
+        return []
+
+
+def test_gradients_of_a_halo_over_several_ranks_are_rounded_once(generator):
+    parts = [torch.randn(3, 2, 40, generator=generator).bfloat16() for _ in range(7)]
+    halo = Halo(num_rows=3 * 7, shard_len=3, side=-1)
+    cp = Answering(parts)
+    found = halo.post_transposed(cp, torch.empty(0, 2, 40, dtype=torch.bfloat16)).wait()
+    expected = sum(part.double() for part in parts)
+    assert found.dtype is torch.bfloat16
+    # One rounding to 8 bits, 2^-8 of the value; before it seven sums in float32, of terms below 5.
+    assert ((found - expected).abs() <= 2.0**-8 * expected.abs() + 7 * 35 * 2.0**-24).all()
 
 
 def test_documents_begin_where_cumulative_lengths_say():
