@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import numpy.typing
@@ -22,6 +23,8 @@ from megamoe.mcore import groups
 from megamoe.nn.context_group import ContextGroup
 from megamoe.nn.context_tokens import document_starts
 from megamoe.plan.plan import Data, Plan, Segment, Shard
+
+_COUNTED_AT_ONCE = 1 << 20
 
 # tokens, labels, loss_mask, position_ids: [B, S / cp]; with a document mask also starts: [S, B], int32,
 # where the document of each token begins, of the whole sequence on every rank.
@@ -76,14 +79,13 @@ class TrainingText:
         self.sources = [source.name for source in segment.sources]
         self.seq_len = segment.seq_len
         self.end_id = _end_id(plan.data, segment)
+        self._drawn = Drawn(len(self.sources))
 
     def tokens_drawn(self, sequences: int) -> tuple[tuple[str, int], ...]:
         """Return how many tokens the first `sequences` samples took from each source."""
-        if len(self.sources) == 1:
-            counts = [sequences]
-        else:
-            drawn = self.samples.dataset_index[:sequences]
-            counts = numpy.bincount(drawn, minlength=len(self.sources)).tolist()
+        counts = [sequences]
+        if len(self.sources) > 1:
+            counts = self._drawn.count(self.samples.dataset_index, sequences)
         return tuple(
             (source, count * self.seq_len)
             for source, count in zip(self.sources, counts, strict=True)
@@ -97,6 +99,31 @@ class TrainingText:
         for index in range(first, first + share, micro_batch):
             samples = [self.samples[i] for i in range(index, index + micro_batch)]
             yield make_batch(samples, self.end_id)
+
+
+class Drawn:
+    """How often each source was drawn, kept from one count to the next."""
+
+    def __init__(self, num_sources: int) -> None:
+        """Begin without a sample."""
+        self.num_samples = 0
+        self.counts = numpy.zeros(num_sources, dtype=numpy.int64)
+
+    def count(self, source_of_sample: numpy.typing.NDArray[Any], num_samples: int) -> list[int]:
+        """Return it for the first samples; reads those since the last count, block by block.
+
+        Args:
+            source_of_sample: always the same; on disk, and trillions of tokens long.
+            num_samples: how many of them were drawn.
+        """
+        if num_samples < self.num_samples:
+            self.num_samples, self.counts = 0, numpy.zeros_like(self.counts)
+        for begin in range(self.num_samples, num_samples, _COUNTED_AT_ONCE):
+            # numpy.bincount makes int64 of what it is given.
+            block = source_of_sample[begin : min(begin + _COUNTED_AT_ONCE, num_samples)]
+            self.counts += numpy.bincount(block, minlength=len(self.counts))
+        self.num_samples = num_samples
+        return self.counts.tolist()
 
 
 class Windows:
