@@ -4,7 +4,7 @@ Shapes: B sequences of a micro-batch, S sequence, of which a rank has S / cp in 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,14 @@ class TrainingText:
     def __init__(self, plan: Plan, segment: Segment, cache: Path) -> None:
         """Build or open the sample index; the first rank writes it to `cache`.
 
+        All ranks do this together.
+
         Raises:
             DataError: a shard is missing, or is not the one the plan was made with.
         """
         assert plan.data is not None, "a plan without data cannot be trained"
         folder = Path(plan.data.folder)
-        for source in segment.sources:
-            check_shard(folder, source.shard)
+        check_shards(folder, [source.shard for source in segment.sources])
         prefixes = [str(folder / source.shard.prefix) for source in segment.sources]
         weights = [source.weight for source in segment.sources]
         config = GPTDatasetConfig(
@@ -172,8 +173,7 @@ class HeldoutText(Windows):
     """Held-out text of one source, in windows."""
 
     def __init__(self, data: Data, shard: Shard, segment: Segment, tokens: int) -> None:
-        """Read at most `tokens` tokens of the shard; documents are masked as in training."""
-        check_shard(Path(data.folder), shard)
+        """Read at most `tokens` tokens of a shard that was checked; documents are masked as in training."""
         text = read_tokens(Path(data.folder) / shard.prefix, tokens)
         super().__init__(text, segment.seq_len, data.pad_id, _end_id(data, segment))
 
@@ -190,16 +190,41 @@ def read_tokens(prefix: Path, tokens: int) -> numpy.typing.NDArray[numpy.int64]:
     return numpy.concatenate(documents).astype(numpy.int64)[: tokens + 1]
 
 
-def check_shard(folder: Path, shard: Shard) -> None:
-    """Raise DataError unless both files of a shard are there and the index is the planned one."""
+def check_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Check that both files of each shard are there and the indices are the planned ones.
+
+    Each rank looks for all files, and hashes its share of the indices.
+
+    Raises:
+        DataError: on every rank: the first file that is missing, unreadable or another.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    problems = (
+        (place, problem)
+        for place, shard in enumerate(shards)
+        if (problem := _problem(folder, shard, is_hashed=place % world == rank))
+    )
+    found: list[tuple[int, str] | None] = [None] * world
+    first = next(problems, None)
+    torch.distributed.all_gather_object(found, first, group=groups.saving())
+    if some := [problem for problem in found if problem]:
+        raise DataError(f"{min(some)[1]}; restore it or plan again")
+
+
+def _problem(folder: Path, shard: Shard, *, is_hashed: bool) -> str | None:
+    """Return what is wrong with a shard."""
     for suffix in (".bin", ".idx"):
         if not (folder / f"{shard.prefix}{suffix}").is_file():
-            raise DataError(f"{folder}/{shard.prefix}{suffix} is missing; restore it or plan again")
-    index = (folder / f"{shard.prefix}.idx").read_bytes()
-    if hashlib.sha256(index).hexdigest() != shard.sha256_idx:
-        raise DataError(
-            f"{folder}/{shard.prefix}.idx changed since the plan was made; restore it or plan again"
-        )
+            return f"{folder}/{shard.prefix}{suffix} is missing"
+    if not is_hashed:
+        return None
+    path = folder / f"{shard.prefix}.idx"
+    try:
+        with path.open("rb") as file:
+            is_planned = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256_idx
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None if is_planned else f"{path} changed since the plan was made"
 
 
 def make_batch(samples: list[dict[str, Tensor]], end_id: int | None) -> Batch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megamoe.checkpoints import folder as files
 from megamoe.errors import CheckpointError, TrainingError
 from megamoe.mcore import checkpoint, groups
-from megamoe.mcore.data import Batch, HeldoutText, TrainingText
+from megamoe.mcore.data import Batch, HeldoutText, TrainingText, check_shards
 from megamoe.mcore.dispatchers import settle_dispatcher
 from megamoe.mcore.measure import Measures, measure
 from megamoe.mcore.model import build_model, unwrap
@@ -205,6 +205,7 @@ class Engine:
     def _open_heldout(self) -> list[tuple[str, HeldoutText]]:
         data = self.plan.data
         assert data is not None, "a plan without data cannot be trained"
+        check_shards(Path(data.folder), [shard for _, shard in data.heldout])
         return [
             (source, HeldoutText(data, shard, self.segment, self.plan.eval_tokens))
             for source, shard in data.heldout

@@ -190,6 +190,17 @@ def test_text_that_is_missing_is_named(plan, tmp_path, suffix):
     assert str(caught.value) == f"{file} is missing; restore it or plan again"
 
 
+def test_text_that_cannot_be_read_is_named(plan, tmp_path):
+    index = Path(plan.data.folder) / "two.idx"
+    index.unlink()
+    index.symlink_to("/proc/self/mem")  # a file that gives no byte of its first page
+    with pytest.raises(DataError) as caught:
+        Engine(plan, plan.segments[0], tmp_path)
+    assert str(caught.value) == (
+        f"{index} cannot be read (Input/output error); restore it or plan again"
+    )
+
+
 def test_every_step_has_the_learning_rate_and_batch_of_its_schedule(tmp_path):
     lr = LearningRate(peak=1e-2, final=1e-4, warmup_tokens=100, decay_tokens=300, decay="cosine")
     # 4 sequences of 16 tokens up to token 128, then 8: 64, 128, 256, 384, 512.
