@@ -13,7 +13,7 @@ Of MLA all begin with a rank's own latents and the up-projection of keys and val
 on the wire a rank expands its own, and its gradients go back through that.
 
 Bytes are counted by the module from the tensors of the collectives that ran, all layers forward and
-backward, at the full size of the model in bfloat16, on tensors without memory and a process group without
+backward, those of multi-token prediction too, at the full size of the model in bfloat16, on tensors without memory and a process group without
 peers; the rank is one in the middle, which has neighbours on both sides. Times are of one period of
 layers at reduced width, in float32, on gloo processes of this machine: not of a GPU or a network.
 """
@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ TIMED_WORLDS = (4, 8)
 TIMED_SEQ_LEN, TIMED_WINDOW = 1_024, 64
 
 
+Part = Literal["decoder", "mtp"]
+Layers = Counter[tuple[AttentionLayer, Part]]  # how many are alike
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """Layers that are alike, and how they are computed."""
@@ -65,10 +69,11 @@ class Planned:
     layer: AttentionLayer  # what is sent and attended to
     scheme: Scheme
     num_layers: int
+    part: Part
 
 
-def layers_of(model: Model) -> Counter[AttentionLayer]:
-    """Return which attention layers a model has, and how many of each."""
+def layers_of(model: Model) -> Layers:
+    """Return which attention layers a model has; those that predict further see everything."""
     kind = model.attention
     heads: LatentHeads | GroupedHeads
     if isinstance(kind, MLA):
@@ -87,24 +92,28 @@ def layers_of(model: Model) -> Counter[AttentionLayer]:
             value_dim=kind.head_dim,
         )
     windows = [model.window if model.is_local(i) else None for i in range(model.num_layers)]
-    scale = heads.key_dim**-0.5
-    return Counter(AttentionLayer(heads=heads, window=w, scale=scale) for w in windows)
+    whole = AttentionLayer(heads=heads, window=None, scale=heads.key_dim**-0.5)
+    layers: Layers = Counter((replace(whole, window=w), "decoder") for w in windows)
+    if model.mtp is not None:
+        layers[whole, "mtp"] = model.mtp.num_layers
+    return layers
 
 
-def plan(layers: Counter[AttentionLayer], scheme: str, extent: Extent) -> list[Planned] | None:
+def plan(layers: Layers, scheme: str, extent: Extent) -> list[Planned] | None:
     """Return how a scheme computes a model; None where it cannot."""
     planned = []
-    for layer, count in layers.items():
+    for (layer, part), count in layers.items():
         if scheme == "latent":
             costs = choose(layer, extent, machine_of(named_cluster(CLUSTER, 1), extent.cp))
-            say(f"  {count} layers, window {layer.window}: {explain(costs, costs[0].scheme)}")
-            planned.append(Planned(layer.heads, layer, costs[0].scheme, count))
+            said = explain(costs, costs[0].scheme)
+            say(f"  {count} layers ({part}), window {layer.window}: {said}")
+            planned.append(Planned(layer.heads, layer, costs[0].scheme, count, part))
             continue
         whole = replace(layer, heads=expanded(layer.heads))
         chosen = Scheme.GATHER if scheme == "kv_all_gather" else Scheme.HEADS
         if chosen is Scheme.HEADS and not can_share_heads(whole.heads, extent.cp):
             return None
-        planned.append(Planned(layer.heads, whole, chosen, count))
+        planned.append(Planned(layer.heads, whole, chosen, count, part))
     return planned
 
 
@@ -213,6 +222,7 @@ def describe(
     total, each = count_bytes(planned, extent)
     layers = [
         {
+            "part": part.part,
             "num_layers": part.num_layers,
             "window": part.layer.window,
             "scheme": part.scheme.value,
@@ -228,11 +238,12 @@ def describe(
     }
 
 
-def reduced(layers: Counter[AttentionLayer]) -> Counter[AttentionLayer]:
-    """Return one period of layers with an eighth of each dimension and at most 24 heads."""
-    small: Counter[AttentionLayer] = Counter()
-    fewest = min(layers.values())
-    for layer, count in layers.items():
+def reduced(layers: Layers) -> Layers:
+    """Return one period of a decoder's layers with an eighth of each dimension and at most 24 heads."""
+    small: Layers = Counter()
+    decoder = {kind: count for kind, count in layers.items() if kind[1] == "decoder"}
+    fewest = min(decoder.values())
+    for (layer, part), count in decoder.items():
         heads = layer.heads
         num_heads = min(24, heads.num_heads)
         narrow: LatentHeads | GroupedHeads
@@ -252,7 +263,7 @@ def reduced(layers: Counter[AttentionLayer]) -> Counter[AttentionLayer]:
                 value_dim=heads.value_dim // 8,
             )
         window = None if layer.window is None else TIMED_WINDOW
-        small[replace(layer, heads=narrow, window=window)] = round(count / fewest)
+        small[replace(layer, heads=narrow, window=window), part] = round(count / fewest)
     return small
 
 
@@ -304,16 +315,17 @@ def _time_rank(rank: int, size: int, what: tuple[Sequence[str], int], file: Path
         file.write_text(json.dumps(times), encoding="utf-8")
 
 
-def _plan_quietly(layers: Counter[AttentionLayer], scheme: str, extent: Extent) -> list[Planned]:
+def _plan_quietly(layers: Layers, scheme: str, extent: Extent) -> list[Planned]:
     """Plan as the full size would be: by halo and heads."""
     if scheme != "latent":
         planned = plan(layers, scheme, extent)
         assert planned is not None
         return planned
-    return [
-        Planned(layer.heads, layer, Scheme.HEADS if layer.window is None else Scheme.HALO, count)
-        for layer, count in layers.items()
-    ]
+    planned = []
+    for (layer, part), count in layers.items():
+        chosen = Scheme.HEADS if layer.window is None else Scheme.HALO
+        planned.append(Planned(layer.heads, layer, chosen, count, part))
+    return planned
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
@@ -370,9 +382,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     times = {size: time_world(size, models, args.steps) for size in TIMED_WORLDS if args.steps}
     for row in rows:
         row.update(where)
-        for size, by_name in times.items():
-            seconds = by_name[f"{row['model']} {row['scheme']}"] if row["cp"] in times else None
-            row[f"reduced_seconds_{size}_gloo_ranks"] = seconds
+        kind = f"{row['model']} {row['scheme']}"
+        for size in TIMED_WORLDS:
+            is_timed = size in times and row["cp"] in TIMED_WORLDS
+            row[f"reduced_seconds_{size}_gloo_ranks"] = times[size][kind] if is_timed else None
     if args.output is None:
         say(json.dumps(rows, indent=1))
         return

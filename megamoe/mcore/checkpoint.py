@@ -137,8 +137,10 @@ def verify(folder: Path) -> None:
             check_file(folder, entry)
     except CheckpointError as error:
         problem = str(error)
-    if found := groups.first_problem(problem):
-        raise CheckpointError(f"{found}{remedy(folder.parent)}")
+    problems: list[str | None] = [None] * world
+    torch.distributed.all_gather_object(problems, problem, group=groups.saving())
+    if found := [problem for problem in problems if problem]:
+        raise CheckpointError(f"{found[0]}{remedy(folder.parent)}")
 
 
 def cause(error: BaseException) -> str:

@@ -4,9 +4,10 @@ Shapes: B sequences of a micro-batch, S sequence, of which a rank has S / cp in 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import numpy.typing
@@ -23,11 +24,11 @@ from megamoe.nn.context_group import ContextGroup
 from megamoe.nn.context_tokens import document_starts
 from megamoe.plan.plan import Data, Plan, Segment, Shard
 
+_COUNTED_AT_ONCE = 1 << 20
+
 # tokens, labels, loss_mask, position_ids: [B, S / cp]; with a document mask also starts: [S, B], int32,
 # where the document of each token begins, of the whole sequence on every rank.
 Batch = dict[str, Tensor]
-
-_COUNTED_AT_ONCE = 1 << 20  # samples: numpy counts in a copy of eight bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,16 @@ class TrainingText:
     """The samples of one segment, in the order every layout sees them."""
 
     def __init__(self, plan: Plan, segment: Segment, cache: Path) -> None:
-        """Build or open the sample index; the first rank writes it to `cache`."""
+        """Build or open the sample index; the first rank writes it to `cache`.
+
+        All ranks do this together.
+
+        Raises:
+            DataError: a shard is missing, or is not the one the plan was made with.
+        """
         assert plan.data is not None, "a plan without data cannot be trained"
         folder = Path(plan.data.folder)
+        check_shards(folder, [source.shard for source in segment.sources])
         prefixes = [str(folder / source.shard.prefix) for source in segment.sources]
         weights = [source.weight for source in segment.sources]
         config = GPTDatasetConfig(
@@ -72,26 +80,16 @@ class TrainingText:
         self.sources = [source.name for source in segment.sources]
         self.seq_len = segment.seq_len
         self.end_id = _end_id(plan.data, segment)
-        self._counted = 0  # samples, and how many of them are of each source
-        self._counts = numpy.zeros(len(self.sources), dtype=numpy.int64)
+        self._drawn = Drawn(len(self.sources))
 
     def tokens_drawn(self, sequences: int) -> tuple[tuple[str, int], ...]:
-        """Return how many tokens the first `sequences` samples took from each source.
-
-        Only those since the last call are counted: a stage has billions, and each save asks.
-        """
-        if len(self.sources) == 1:
-            return ((self.sources[0], sequences * self.seq_len),)
-        if sequences < self._counted:
-            self._counted, self._counts = 0, numpy.zeros_like(self._counts)
-        while self._counted < sequences:
-            end = min(self._counted + _COUNTED_AT_ONCE, sequences)
-            drawn = self.samples.dataset_index[self._counted : end]
-            self._counts += numpy.bincount(drawn, minlength=len(self.sources))
-            self._counted = end
+        """Return how many tokens the first `sequences` samples took from each source."""
+        counts = [sequences]
+        if len(self.sources) > 1:
+            counts = self._drawn.count(self.samples.dataset_index, sequences)
         return tuple(
             (source, count * self.seq_len)
-            for source, count in zip(self.sources, self._counts.tolist(), strict=True)
+            for source, count in zip(self.sources, counts, strict=True)
         )
 
     def micro_batches(self, start: int, sequences: int, micro_batch: int) -> Iterator[Batch]:
@@ -102,6 +100,31 @@ class TrainingText:
         for index in range(first, first + share, micro_batch):
             samples = [self.samples[i] for i in range(index, index + micro_batch)]
             yield make_batch(samples, self.end_id)
+
+
+class Drawn:
+    """How often each source was drawn, kept from one count to the next."""
+
+    def __init__(self, num_sources: int) -> None:
+        """Begin without a sample."""
+        self.num_samples = 0
+        self.counts = numpy.zeros(num_sources, dtype=numpy.int64)
+
+    def count(self, source_of_sample: numpy.typing.NDArray[Any], num_samples: int) -> list[int]:
+        """Return it for the first samples; reads those since the last count, block by block.
+
+        Args:
+            source_of_sample: always the same; on disk, and trillions of tokens long.
+            num_samples: how many of them were drawn.
+        """
+        if num_samples < self.num_samples:
+            self.num_samples, self.counts = 0, numpy.zeros_like(self.counts)
+        for begin in range(self.num_samples, num_samples, _COUNTED_AT_ONCE):
+            # numpy.bincount makes int64 of what it is given.
+            block = source_of_sample[begin : min(begin + _COUNTED_AT_ONCE, num_samples)]
+            self.counts += numpy.bincount(block, minlength=len(self.counts))
+        self.num_samples = num_samples
+        return self.counts.tolist()
 
 
 class Windows:
@@ -150,7 +173,7 @@ class HeldoutText(Windows):
     """Held-out text of one source, in windows."""
 
     def __init__(self, data: Data, shard: Shard, segment: Segment, tokens: int) -> None:
-        """Read at most `tokens` tokens of the shard; documents are masked as in training."""
+        """Read at most `tokens` tokens of a shard that was checked; documents are masked as in training."""
         text = read_tokens(Path(data.folder) / shard.prefix, tokens)
         super().__init__(text, segment.seq_len, data.pad_id, _end_id(data, segment))
 
@@ -174,30 +197,41 @@ def shard_documents(prefix: Path) -> Iterator[numpy.typing.NDArray[numpy.int32]]
         yield dataset[document].astype(numpy.int32)
 
 
-def check_shards(data: Data, segment: Segment) -> None:
-    """Compare what a segment reads with what its plan was made with, the work shared among all ranks.
+def check_shards(folder: Path, shards: Sequence[Shard]) -> None:
+    """Check that both files of each shard are there and the indices are the planned ones.
+
+    Each rank looks for all files, and hashes its share of the indices.
 
     Raises:
-        DataError: on every rank: a file of a shard is missing, or the index is not the planned one.
+        DataError: on every rank: the first file that is missing, unreadable or another.
     """
-    folder = Path(data.folder)
-    shards = [*(source.shard for source in segment.sources), *(shard for _, shard in data.heldout)]
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    problem = None
-    for shard in shards[rank::world]:
-        problem = problem or _problem_of(folder, shard)
-    if found := groups.first_problem(problem):
-        raise DataError(f"{found}; restore it or plan again")
+    problems = (
+        (place, problem)
+        for place, shard in enumerate(shards)
+        if (problem := _problem(folder, shard, is_hashed=place % world == rank))
+    )
+    found: list[tuple[int, str] | None] = [None] * world
+    first = next(problems, None)
+    torch.distributed.all_gather_object(found, first, group=groups.saving())
+    if some := [problem for problem in found if problem]:
+        raise DataError(f"{min(some)[1]}; restore it or plan again")
 
 
-def _problem_of(folder: Path, shard: Shard) -> str | None:
+def _problem(folder: Path, shard: Shard, *, is_hashed: bool) -> str | None:
+    """Return what is wrong with a shard."""
     for suffix in (".bin", ".idx"):
         if not (folder / f"{shard.prefix}{suffix}").is_file():
             return f"{folder}/{shard.prefix}{suffix} is missing"
-    with (folder / f"{shard.prefix}.idx").open("rb") as index:
-        if hashlib.file_digest(index, "sha256").hexdigest() != shard.sha256_idx:
-            return f"{folder}/{shard.prefix}.idx changed since the plan was made"
-    return None
+    if not is_hashed:
+        return None
+    path = folder / f"{shard.prefix}.idx"
+    try:
+        with path.open("rb") as file:
+            is_planned = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256_idx
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None if is_planned else f"{path} changed since the plan was made"
 
 
 def make_batch(samples: list[dict[str, Tensor]], end_id: int | None) -> Batch:

@@ -50,8 +50,6 @@ class Engine:
         self.digest = digest(plan)
         self.chunks = build_model(plan, segment)
         self.optimizer = build_optimizer(plan, segment, self.chunks)
-        assert plan.data is not None, "a plan without data cannot be trained"
-        check_shards(plan.data, segment)
         self.text = TrainingText(plan, segment, run_dir / "cache")
         self.heldout = self._open_heldout()
         self.step = segment.steps_start
@@ -207,6 +205,7 @@ class Engine:
     def _open_heldout(self) -> list[tuple[str, HeldoutText]]:
         data = self.plan.data
         assert data is not None, "a plan without data cannot be trained"
+        check_shards(Path(data.folder), [shard for _, shard in data.heldout])
         return [
             (source, HeldoutText(data, shard, self.segment, self.plan.eval_tokens))
             for source, shard in data.heldout

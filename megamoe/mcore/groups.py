@@ -61,13 +61,6 @@ def saving() -> torch.distributed.ProcessGroup:
     return _SAVING[0]
 
 
-def first_problem(problem: str | None) -> str | None:
-    """Return, on every rank, the problem of the first rank that has one; all ranks call it together."""
-    problems: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(problems, problem, group=saving())
-    return next((found for found in problems if found), None)
-
-
 def context(kind: str) -> ContextGroup:
     """Return the ranks that share this rank's sequences; each of `CONTEXTS` counts bytes of its own."""
     return _CONTEXTS[kind]

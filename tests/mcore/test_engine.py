@@ -3,12 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
 from megamoe.errors import DataError, LaunchError, PlanError, TrainingError
-from megamoe.mcore import data, groups
+from megamoe.mcore import groups
 from megamoe.mcore.engine import Engine
 from megamoe.mcore.model import unwrap
 from megamoe.plan.schedule import learning_rate_at
@@ -191,16 +190,15 @@ def test_text_that_is_missing_is_named(plan, tmp_path, suffix):
     assert str(caught.value) == f"{file} is missing; restore it or plan again"
 
 
-def test_tokens_of_each_source_are_counted_from_where_the_last_count_ended(
-    plan, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(data, "_COUNTED_AT_ONCE", 3)
-    with world_of_one(plan):
-        text = data.TrainingText(plan, plan.segments[0], tmp_path / "cache")
-    index = text.samples.dataset_index
-    for sequences in (0, 1, 5, 5, len(index), 2):  # fewer again: a checkpoint of before
-        counts = numpy.bincount(index[:sequences], minlength=2) * 16
-        assert text.tokens_drawn(sequences) == (("one", counts[0]), ("two", counts[1]))
+def test_text_that_cannot_be_read_is_named(plan, tmp_path):
+    index = Path(plan.data.folder) / "two.idx"
+    index.unlink()
+    index.symlink_to("/proc/self/mem")  # a file that gives no byte of its first page
+    with pytest.raises(DataError) as caught:
+        Engine(plan, plan.segments[0], tmp_path)
+    assert str(caught.value) == (
+        f"{index} cannot be read (Input/output error); restore it or plan again"
+    )
 
 
 def test_every_step_has_the_learning_rate_and_batch_of_its_schedule(tmp_path):

@@ -1,4 +1,4 @@
-"""Ranks share the reading of checkpoints and text: what one finds is raised by all, in the same line."""
+"""Ranks share the reading of a checkpoint and of text: what one finds is raised by all, in the same line."""
 
 import json
 import subprocess
@@ -8,27 +8,47 @@ from pathlib import Path
 import pytest
 
 from megamoe.checkpoints import folder as files
-from tests.mcore.verified import CASES, WORLD_SIZE
+from tests.mcore.verified import CASES, TEXT_CASES, WORLD_SIZE
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_damage_in_any_file_is_raised_on_both_ranks_in_the_same_line(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "tests.mcore.verified", str(tmp_path)]
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Return the folder, and what each rank was told."""
+    folder = tmp_path_factory.mktemp("verified")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.mcore.verified", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3_000:]
-    first, second = (
-        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(WORLD_SIZE)
-    )
+    return folder, [
+        json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD_SIZE)
+    ]
+
+
+@pytest.mark.slow
+def test_each_index_is_hashed_by_one_rank_and_the_first_that_is_wrong_named_by_both(told):
+    folder, answers = told
+    first, second = (answer["texts"] for answer in answers)
     assert first == second
-    text = {gone: first.pop(gone) for gone in ("no text", "one.idx", "two.idx")}
-    remedy = "is missing; restore it or plan again"
-    assert text == {
-        "no text": None,
-        "one.idx": f"{tmp_path}/data/one.idx {remedy}",
-        "two.idx": f"{tmp_path}/data/two.idx {remedy}",
+    problems = {
+        "sound": None,
+        "first": "s0.idx changed since the plan was made",
+        "middle": "s1.idx changed since the plan was made",
+        "last two": "s1.idx changed since the plan was made",
+        "last, and one that is missing": "s1.bin is missing",
     }
+    assert problems.keys() == TEXT_CASES.keys()
+    for case, problem in problems.items():
+        line = f"{folder / 'text' / case}/{problem}; restore it or plan again"
+        assert first[case] == (None if problem is None else line)
+    assert [answer["hashed"] for answer in answers] == [["s0", "s2"], ["s1"]]
+
+
+@pytest.mark.slow
+def test_damage_in_any_file_is_raised_on_both_ranks_in_the_same_line(told):
+    tmp_path, answers = told
+    first, second = (answer["checkpoints"] for answer in answers)
+    assert first == second
     assert first.keys() == CASES.keys()
     assert first["sound"] is None
     problems = {

@@ -1,15 +1,19 @@
 """Has two ranks verify checkpoints and text together, each damaged in another way, for a test to read.
 
-Run as a program with a folder: leaves in FOLDER/rank<n>.json what each rank was told, by case.
+Run as a program with a folder: leaves in FOLDER/rank<n>.json what each rank was told, by case, and
+which indices it hashed.
 Ranks are forks of this process, which does nothing else.
 """
 
+import hashlib
 import json
 import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import BinaryIO
+from unittest import mock
 
 with warnings.catch_warnings():
     # Importing Megatron-Core 0.16.1 makes torch warn about parts of its own.
@@ -19,12 +23,11 @@ with warnings.catch_warnings():
     from megamoe.mcore import cpu
 
     cpu.enable()
-    from megamoe.mcore import checkpoint, groups
-    from megamoe.mcore.data import check_shards
+    from megamoe.mcore import checkpoint, data, groups
 
 from megamoe.checkpoints.folder import name_of
 from megamoe.errors import CheckpointError, DataError
-from megamoe.plan.plan import Plan
+from megamoe.plan.plan import Plan, Shard
 from tests.mcore import tiny
 from tests.unit import saved
 
@@ -38,6 +41,14 @@ CASES = {
     "both": ("__0_0.distcp", "__1_0.distcp"),
     "manifest": ("manifest.json",),
 }
+# Of the shards s0, s1 and s2, rank 0 hashes the first and the last, rank 1 the other.
+TEXT_CASES = {
+    "sound": (),
+    "first": ("s0.idx",),
+    "middle": ("s1.idx",),
+    "last two": ("s2.idx", "s1.idx"),
+    "last, and one that is missing": ("s2.idx", "-s1.bin"),
+}
 
 
 def main() -> None:
@@ -47,13 +58,21 @@ def main() -> None:
         found = saved.save(folder / case / "checkpoints", saved.progress(64))
         for name in names:
             (found / name).write_bytes(b"x" + (found / name).read_bytes()[1:])
+    for case, names in TEXT_CASES.items():
+        text = folder / "text" / case
+        shards = [tiny.write_text(text, f"s{i}", seed=i) for i in range(3)]
+        for name in names:
+            if name.startswith("-"):
+                (text / name[1:]).unlink()
+            else:
+                (text / name).write_bytes((text / name).read_bytes()[:-1] + b"\x01")
     plan = tiny.tiny_plan(folder / "data", world_size=WORLD_SIZE, dp=WORLD_SIZE)
-    children = [os.fork() or _be_rank(plan, folder, rank) for rank in range(WORLD_SIZE)]
+    children = [os.fork() or _be_rank(plan, folder, rank, shards) for rank in range(WORLD_SIZE)]
     ended = [os.waitpid(child, 0)[1] for child in children]
     assert not any(ended), ended
 
 
-def _be_rank(plan: Plan, folder: Path, rank: int) -> int:
+def _be_rank(plan: Plan, folder: Path, rank: int, shards: list[Shard]) -> int:
     status = 1
     try:
         store = f"file://{folder / 'store'}"
@@ -62,8 +81,18 @@ def _be_rank(plan: Plan, folder: Path, rank: int) -> int:
         )
         groups.form(plan, plan.segments[0])
         told = {case: _told(folder / case / "checkpoints" / name_of(64)) for case in CASES}
-        told |= _told_of_text(plan, folder / "data", rank)
-        (folder / f"rank{rank}.json").write_text(json.dumps(told))
+        texts = {case: _told_of_text(folder / "text" / case, shards) for case in TEXT_CASES}
+        hashed: list[str] = []
+        hashes = hashlib.file_digest
+
+        def noting(file: BinaryIO, name: str) -> object:
+            hashed.append(Path(file.name).stem)
+            return hashes(file, name)
+
+        with mock.patch.object(hashlib, "file_digest", noting):
+            data.check_shards(folder / "text" / "sound", shards)
+        answer = {"checkpoints": told, "texts": texts, "hashed": hashed}
+        (folder / f"rank{rank}.json").write_text(json.dumps(answer))
         torch.distributed.barrier()
         status = 0
     except BaseException:
@@ -79,28 +108,12 @@ def _told(found: Path) -> str | None:
     return None
 
 
-def _told_of_text(plan: Plan, folder: Path, rank: int) -> dict[str, str | None]:
-    """Return what a rank is told of text that is whole, then of one shard after another taken away."""
-    told = {}
-    for gone in (
-        "no text",
-        "one.idx",
-        "two.idx",
-    ):  # rank 0 looks at the first shard, rank 1 at the next
-        torch.distributed.barrier()
-        if rank == 0 and gone != "no text":
-            (folder / gone).rename(folder / f"{gone}.gone")
-        torch.distributed.barrier()
-        try:
-            assert plan.data is not None
-            check_shards(plan.data, plan.segments[0])
-            told[gone] = None
-        except DataError as error:
-            told[gone] = str(error)
-        torch.distributed.barrier()
-        if rank == 0 and gone != "no text":
-            (folder / f"{gone}.gone").rename(folder / gone)
-    return told
+def _told_of_text(folder: Path, shards: list[Shard]) -> str | None:
+    try:
+        data.check_shards(folder, shards)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 if __name__ == "__main__":

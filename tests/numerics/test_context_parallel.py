@@ -7,15 +7,12 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import context_parallel
-from benchmarks.context_parallel import Planned
 from megamoe.errors import MegamoeError
 from megamoe.nn.attention import bounded_attention
 from megamoe.nn.context_cost import Extent, Machine, choose, explain, wire_bytes
@@ -302,79 +299,3 @@ def test_a_ring_that_writes_out_scores_is_not_the_fastest():
     assert "scores written out" not in explain(alone, Scheme.GATHER)
     [ring] = [cost for cost in choose(local, place, H200) if cost.scheme is Scheme.RING]
     assert ring.writes_scores
-
-
-COUNT = """
-import json
-from benchmarks import context_parallel
-context_parallel.EXTENTS = context_parallel.EXTENTS[:1]
-print(json.dumps(context_parallel.count_rows(["vaetki_100b_a10b"])))
-"""
-
-
-@pytest.mark.slow
-def test_the_bytes_of_vaetki_100b_at_full_size_are_counted_on_the_collectives():
-    rows = json.loads(python("-c", COUNT))
-    assert {row["scheme"]: row["forward_bytes_per_rank"] for row in rows} == {
-        "latent": 728_189_952,
-        "kv_all_gather": 21_139_292_160,
-        "all_to_all": 5_284_823_040,
-    }
-    for row in rows:
-        check_row(row)
-
-
-@pytest.mark.parity
-def test_the_benchmark_writes_what_it_counted_at_every_extent(tmp_path):
-    file = tmp_path / "counted.json"
-    options = ["--model", "vaetki_100b_a10b", "--steps", "0", "-o", str(file)]
-    python("-m", "benchmarks.context_parallel", *options)
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    assert [row["cp"] for row in rows] == [8, 8, 8, 32, 32, 32]
-    [refused] = [row for row in rows if row["refused"]]
-    assert (refused["scheme"], refused["cp"]) == ("all_to_all", 32)
-    for row in rows:
-        if row is not refused:
-            check_row(row)
-
-
-def python(*arguments):
-    """Return what a process prints: tensors without memory need a group of their own."""
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def check_row(row):
-    """What a model and each kind of its layers received is what the formula says."""
-    heads = VAETKI_100B if row["scheme"] == "latent" else EXPANDED
-    place = extent(row["seq_len"], row["cp"], row["rank"])
-    assert {part["window"]: part["num_layers"] for part in row["layers"]} == {512: 40, None: 8}
-    forward = backward = 0
-    for part in row["layers"]:
-        layer = AttentionLayer(heads=heads, window=part["window"], scale=1.0)
-        wire = wire_bytes(layer, Scheme(part["scheme"]), place)
-        counted = part["forward_bytes_per_rank"], part["backward_bytes_per_rank"]
-        assert counted == (wire.forward, wire.backward)
-        forward += part["num_layers"] * wire.forward
-        backward += part["num_layers"] * wire.backward
-    assert (row["forward_bytes_per_rank"], row["backward_bytes_per_rank"]) == (forward, backward)
-
-
-@pytest.mark.parametrize("scheme", context_parallel.SCHEMES[1:])
-def test_a_scheme_without_latents_on_the_wire_does_the_work_of_latents(scheme):
-    torch.manual_seed(20_260_101)
-    layer = AttentionLayer(heads=latent(4), window=5, scale=1.0)
-    place = Extent(seq_len=21, batch=2, cp=1, rank=0, dtype=torch.float64)
-    [planned] = context_parallel.plan(Counter([layer]), scheme, place)
-    inputs = context_parallel.make_inputs(planned, place)
-    cp = ContextGroup(None)
-    context_parallel.step(cp, planned, inputs)
-    found = [x.grad.clone() for x in inputs]
-    for x in inputs:
-        x.grad = None
-    context_parallel.step(cp, Planned(layer.heads, layer, Scheme.HALO, 1), inputs)
-    assert len(inputs) == 4, "queries, latents, positional keys, up-projection"
-    for gradient, x in zip(found, inputs, strict=True):
-        torch.testing.assert_close(gradient, x.grad, rtol=TOLERANCE, atol=TOLERANCE)
