@@ -41,7 +41,7 @@ WORDS = 6  # and so few words in the text, that some experts get no token of a w
 ADAM = AdamW(
     beta1=0.0, beta2=0.95, eps=1.0, weight_decay=0.1, grad_clip=1e6, moments_dtype="float32"
 )
-RATE = LearningRate(peak=0.5, final=None, warmup_tokens=0, decay_tokens=0, decay="linear")
+RATE = LearningRate(peak=0.1, final=None, warmup_tokens=0, decay_tokens=0, decay="linear")
 
 
 def small_recipe(name: str, *, document_mask: bool = False) -> Recipe:
