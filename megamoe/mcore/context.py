@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megamoe.mcore import groups
-from megamoe.mcore.projections import grouped_parts, latent_queries, latent_rows, rotation
+from megamoe.mcore.projections import grouped_rows, latent_queries, latent_rows, rotation
 from megamoe.mcore.sharing import scheme_of
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import begin, finish
@@ -56,18 +56,23 @@ def share_grouped(
 ) -> tuple[Tensor, None]:
     """Return the output of a GroupedAttention; keys and values are sent. Arguments as above."""
     core = attention.core_attention
-    q, k, v = grouped_parts(attention, hidden_LBD)
+    k, v, make_queries = grouped_rows(attention, hidden_LBD)
     heads = GroupedHeads(
-        num_heads=q.shape[2], num_kv_heads=k.shape[2], key_dim=k.shape[3], value_dim=v.shape[3]
+        num_heads=attention.num_attention_heads_per_partition,
+        num_kv_heads=k.shape[2],
+        key_dim=k.shape[3],
+        value_dim=v.shape[3],
     )
     layer = AttentionLayer(heads=heads, window=core.window, scale=core.scale)
     cp = groups.context("global" if core.window is None else "local")
     rotate = None
     if attention.rotary is not None:
-        rotate = rotation(attention, _positions(attention.rotary, len(q), cp.rank))
+        rotate = rotation(attention, _positions(attention.rotary, len(k), cp.rank))
     k = _normed_and_rotated(k, attention.k_layernorm, rotate)
     begun = begin(cp, layer, scheme_of(layer, groups.context_sharing()), (k, v))
-    q = _normed_and_rotated(q, attention.q_layernorm, rotate)  # while these are on their way
+    q = _normed_and_rotated(
+        make_queries(), attention.q_layernorm, rotate
+    )  # while these are on their way
     return attention.linear_proj(finish(begun, q, starts_SB=starts_SB))
 
 

@@ -4,6 +4,7 @@ Shapes: S tokens of this rank, B batch, D hidden, N heads of this rank, M key-va
 H head dim, R latent, E rotary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.nn import functional
 
 from megamoe.mcore.compat import rotation_options
 
@@ -70,3 +72,33 @@ def grouped_parts(attention: Any, hidden_SBD: Tensor) -> tuple[Tensor, Tensor, T
     tp = attention.pg_collection.tp
     num_sharing = max(1, tp.size() // attention.config.num_query_groups)
     return q.chunk(num_sharing, dim=2)[tp.rank() % num_sharing], k, v
+
+
+def grouped_rows(attention: Any, hidden_SBD: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    """Return keys and values [S, B, M, H] of GQA, not normed yet, and what makes the queries [S, B, N, H].
+
+    Megatron-core has one product for all three; two let keys and values be sent before there are
+    queries. Ranks of tp that share a key-value head exchange what the one product gave.
+    """
+    config, linear, tp = attention.config, attention.linear_qkv, attention.pg_collection.tp
+    if config.num_query_groups < tp.size():
+        q, k, v = grouped_parts(attention, hidden_SBD)
+        return k, v, lambda: q
+    assert linear.bias is None, "projections have no bias"
+    assert config.sequence_parallel or tp.size() == 1, (
+        "gradients of hidden states are summed over tp"
+    )
+    if config.sequence_parallel:
+        hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=tp)
+    heads, head_dim = attention.num_query_groups_per_partition, config.kv_channels
+    # The rows of each key-value head: its queries, its key, its value.
+    weight = linear.weight.unflatten(0, (heads, -1, head_dim))
+    rows_SBMH = _product(hidden_SBD, weight[:, -2:])
+    k, v = rows_SBMH.view(*rows_SBMH.shape[:2], heads, 2, head_dim).unbind(dim=3)
+    return k, v, lambda: _product(hidden_SBD, weight[:, :-2])
+
+
+def _product(hidden_SBD: Tensor, weight_MNHD: Tensor) -> Tensor:
+    """Return hidden states projected with the rows of some heads, [S, B, M * N, H]."""
+    projected = functional.linear(hidden_SBD, weight_MNHD.flatten(0, 2))
+    return projected.view(*projected.shape[:2], -1, weight_MNHD.shape[2])

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megamoe.mcore import context, groups
+from megamoe.mcore import context, groups, projections
 from megamoe.mcore.model import build_chunk, unwrap
 from megamoe.mcore.sharing import describe
 from megamoe.nn.context_group import ContextGroup, Pending
@@ -49,7 +49,7 @@ class Recording(ContextGroup):
     ("model", "between"),
     [
         (tiny.LATENT, ["linear_q_down_proj", "q_layernorm", "linear_q_up_proj"]),
-        (tiny.GROUPED, ["q_layernorm"]),
+        (tiny.GROUPED, ["product", "q_layernorm"]),
     ],
     ids=["latent", "grouped"],
 )
@@ -62,7 +62,7 @@ def test_queries_are_made_between_sending_and_waiting_in_both_directions(
     with world_of_one(plan), mock.patch.dict(groups._CONTEXTS, {kind: cp}):
         chunk = unwrap(build_chunk(plan, plan.segments[0]))
         attention = chunk.decoder.layers[("local", "global").index(kind)].self_attention
-        for name in between:
+        for name in set(between) - {"product"}:
             part = getattr(attention, name)
             part.register_forward_hook(lambda *_, name=name: cp.notes.append(f"forward {name}"))
             part.register_full_backward_hook(
@@ -70,15 +70,33 @@ def test_queries_are_made_between_sending_and_waiting_in_both_directions(
             )
         hidden_LBD = torch.randn(8, 2, model.hidden_dim, requires_grad=True)
         starts_SB = torch.zeros(16, 2, dtype=torch.int32)
-        with mock.patch.object(context, "scheme_of", return_value=Scheme.GATHER):
+        with (
+            mock.patch.object(context, "scheme_of", return_value=Scheme.GATHER),
+            mock.patch.object(projections, "_product", _noting(cp.notes)),
+        ):
             output, _ = attention(hidden_LBD, None, packed_seq_params=starts_SB)
         output.sum().backward()
     made = [f"forward {name}" for name in between]
     passed_back = [f"backward {name}" for name in reversed(between)]
+    of_keys = ["product"] if "product" in between else []  # another than that of the queries
     assert cp.notes == [
+        *(f"forward {name}" for name in of_keys),
         *("forward sent", *made, "forward there"),
         *("backward sent", *passed_back, "backward there"),
+        *(f"backward {name}" for name in of_keys),
     ]
+
+
+def _noting(notes):
+    product = projections._product
+
+    def noted(*arguments):
+        notes.append("forward product")
+        result = product(*arguments)
+        result.register_hook(lambda _: notes.append("backward product"))
+        return result
+
+    return noted
 
 
 @pytest.mark.parametrize(("document_mask", "chosen"), [(False, "ring"), (True, "gather")])
