@@ -62,7 +62,8 @@ def test_the_memory_grows_with_the_list_of_tensors_by_no_more_than_is_said(way, 
     small, large = measured["small"], measured["more tensors"]
     assert large["tensors"] - small["tensors"] > 2_200
     more = import_bytes(large["tensors"], 0) - import_bytes(small["tensors"], 0)
-    assert large[way]["grown"] - small[way]["grown"] < more
+    # And by what an allocator happens to keep: two files.
+    assert large[way]["grown"] - small[way]["grown"] < more + 2 * SHARD_BYTES
 
 
 @pytest.mark.slow

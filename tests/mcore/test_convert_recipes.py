@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from megamoe.convert import memory
 from megamoe.convert.architectures import (
     ARCHITECTURES,
     Stage,
@@ -233,9 +234,10 @@ def test_what_an_import_tells_to_set_gives_a_model_without_the_part(name, told, 
     ],
 )
 def test_a_conversion_says_that_it_needs_memory_for_a_table_and_not_for_the_layers(
-    name, count, largest, told
+    name, count, largest, told, monkeypatch
 ):
     """test_convert_memory.py measures that no more is taken; these are the figures of docs/convert.md."""
+    monkeypatch.setattr(memory, "_BASE_BYTES", 500_000_000)  # of a torch without CUDA
     model = load_recipe(name).recipe.model
     found = list(entries(ARCHITECTURES[RELEASED[name]].table, model))
     theirs = [math.prod(shape) for entry in found for _, shape in entry.theirs]
