@@ -100,6 +100,7 @@ def _versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = str(torch.__version__)  # tells what it was built for; its metadata do not
     return found
 
 
