@@ -313,6 +313,7 @@ WINDOW: dict[str, Kernel] = _PACKAGES | {"flash": _flash_last, "flex": _flex}
 LAST: dict[str, Kernel] = _PACKAGES | {"flash": _flash_last}
 DOCUMENTS: dict[str, DocumentKernel] = {
     "flash_attn_3": attention_packages.flash_attn_3_documents,
+    "transformer_engine": attention_packages.transformer_engine_documents,
     "flash_attn_2": attention_packages.flash_attn_2_documents,
     "flash": _flash_documents,
 }

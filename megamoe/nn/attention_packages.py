@@ -45,18 +45,8 @@ def transformer_engine(
     q_BNSD: Tensor, k_BMPD: Tensor, v_BMPV: Tensor, window: int | None, scale: float
 ) -> Tensor:
     """Return [B, N, S, V] from cuDNN or flash-attn, as Transformer Engine chooses."""
-    module = _dot_product_attention(
-        _Settings(
-            num_heads=q_BNSD.shape[1],
-            num_kv_heads=k_BMPD.shape[1],
-            widths=(q_BNSD.shape[-1], v_BMPV.shape[-1]),
-            num_before=-1 if window is None else window - 1,
-            scale=scale,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
-    )
     same = q_BNSD.shape[2] == k_BMPD.shape[2]
-    output = module(
+    output = _module_for(q_BNSD, k_BMPD, v_BMPV, window, scale)(
         *(x.permute(2, 0, 1, 3) for x in (q_BNSD, k_BMPD, v_BMPV)),
         attn_mask_type="causal" if same else "causal_bottom_right",
     )
@@ -85,6 +75,23 @@ def flash_attn_2_documents(
     return in_rows(output[..., : v.shape[-1]], len(q))
 
 
+def transformer_engine_documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, documents: Boundaries
+) -> Tensor:
+    """Return [B, N, S, V] where a query sees its own document alone."""
+    same = q.shape[2] == k.shape[2]
+    output = _module_for(q, k, v, window, scale)(
+        *(in_one_row(x) for x in (q, k, v)),
+        qkv_format="thd",
+        attn_mask_type="padding_causal" if same else "padding_causal_bottom_right",
+        cu_seqlens_q=documents.queries,
+        cu_seqlens_kv=documents.keys,
+        max_seqlen_q=q.shape[2],
+        max_seqlen_kv=k.shape[2],
+    )
+    return in_rows(torch.unflatten(output, -1, (q.shape[1], -1)), len(q))
+
+
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return the tensors with zeros up to one width, a multiple of 8 as FlashAttention wants.
 
@@ -109,6 +116,21 @@ class _Settings:
     num_before: int  # keys before a query's own that it sees; -1 is all
     scale: float
     deterministic: bool  # asked of torch by the module itself, when it is made
+
+
+def _module_for(
+    q_BNSD: Tensor, k_BMPD: Tensor, v_BMPV: Tensor, window: int | None, scale: float
+) -> Callable[..., Tensor]:
+    return _dot_product_attention(
+        _Settings(
+            num_heads=q_BNSD.shape[1],
+            num_kv_heads=k_BMPD.shape[1],
+            widths=(q_BNSD.shape[-1], v_BMPV.shape[-1]),
+            num_before=-1 if window is None else window - 1,
+            scale=scale,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+    )
 
 
 @cache  # making one takes a while

@@ -132,9 +132,10 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
     """Return what a scheme costs one rank, forward and backward.
 
     Attention is computed 3.5 times, the scores of its backward pass anew, and projections three
-    times, in a ring four. Messages of a ring are hidden by its attention as far as that takes;
+    times, in a ring four. A document is taken to be the whole sequence, as far as attention goes.
+    Messages of a ring are hidden by its attention as far as that takes;
     those of the others by nothing, though a caller may hide some behind its query projections. A ring
-    has no kernel for a window or documents (megamoe/nn/context_ring.py), and none where none passed its trial.
+    has no kernel for a window (megamoe/nn/context_ring.py), and none where none passed its trial.
     """
     wire = wire_bytes(layer, scheme, extent)
     attention, projection = _attention_flops(layer, scheme, extent), 0.0
@@ -204,7 +205,7 @@ def _described(cost: Cost) -> str:
 
 def _writes_scores(layer: AttentionLayer, extent: Extent, machine: Machine) -> bool:
     """Tell whether a ring has no kernel for the layer."""
-    if layer.window is not None or extent.has_documents:
+    if layer.window is not None:
         return True
     if machine.device is None:
         return False
@@ -213,6 +214,7 @@ def _writes_scores(layer: AttentionLayer, extent: Extent, machine: Machine) -> b
         dtype=extent.dtype,
         key_dim=layer.heads.key_dim,
         value_dim=layer.heads.value_dim,
+        has_documents=extent.has_documents,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return context_ring_kernels.choose(case) is None

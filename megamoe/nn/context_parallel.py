@@ -188,19 +188,21 @@ def _finish_ring(
     queries = Posted(cp, ToZigzag(), q_LBND)
     rows = begun.posted.wait()
     chunks = Chunks(cp=cp.size, shard_len=len(q_LBND))
-    has_masks = begun.layer.window is not None or starts_SB is not None
-    kernel = None if has_masks else context_ring_kernels.choose(_step_of(begun, q_LBND))
+    kernel = None
+    if begun.layer.window is None:
+        kernel = context_ring_kernels.choose(_step_of(begun, q_LBND, starts_SB))
     ring = Ring(cp, begun.layer, chunks, starts_SB, kernel)
     mixed = ring_attention(ring, queries.wait(), rows, up_weight)
     return Posted(cp, FromZigzag(), mixed).wait()
 
 
-def _step_of(begun: Begun, q_LBND: Tensor) -> StepCase:
+def _step_of(begun: Begun, q_LBND: Tensor, starts_SB: Tensor | None) -> StepCase:
     return StepCase(
         device=q_LBND.device,
         dtype=q_LBND.dtype,
         key_dim=q_LBND.shape[-1],
         value_dim=begun.layer.heads.value_dim,
+        has_documents=starts_SB is not None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 

@@ -6,8 +6,9 @@ al. 2023). Of MLA, rows are latents, which every rank projects up anew: the smal
 the projection of the whole sequence on every rank. The backward pass sends the rows around again,
 and with them the sum of their gradients so far, in float32.
 
-Without a window and documents a step sees all of a chunk, or all up to the query, which kernels do
-(megamoe/nn/context_ring_kernels.py). Else scores of two chunks are written out here.
+A step sees all of a chunk, or all up to the query, which kernels do (megamoe/nn/context_ring_kernels.py).
+Documents cut it into such steps (megamoe/nn/context_ring_parts.py). With a window, or where no kernel is,
+scores of two chunks are written out here.
 
 Shapes: L tokens of a rank, Q and K those of a chunk of queries and of keys, B batch, N heads,
 D query and key head dimension, V value head dimension, F features of a token's row.
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from megamoe.nn.context_group import ContextGroup
 from megamoe.nn.context_heads import AttentionLayer
-from megamoe.nn.context_ring_kernels import Result, Step, StepKernel, Tensors, finite, merged
+from megamoe.nn.context_ring_parts import Part, parts
+from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors, finite, merge_into
 from megamoe.nn.context_transfers import Chunks
 
 Pair = tuple[int, int, int]  # whose rows, the chunk of queries, the chunk of keys
@@ -37,7 +39,7 @@ class Ring:
     layer: AttentionLayer
     chunks: Chunks
     starts: Tensor | None  # [S, B] of the whole sequence: where the document of each token begins
-    kernel: StepKernel | None  # None: scores are written out, as a window and documents want it
+    kernel: StepKernel | None  # None: scores are written out, as a window wants it
 
     def steps(self) -> Iterator[tuple[int, bool]]:
         """Yield whose rows are here, and whether others follow."""
@@ -51,22 +53,34 @@ class Ring:
             seen_by = [
                 i
                 for i, (query_chunk, rows) in enumerate(queries)
-                if query_chunk >= key_chunk and rows and keys and self._is_near(rows, keys)
+                if query_chunk >= key_chunk
+                and rows
+                and keys
+                and self._is_near(rows, keys)
+                and self.parts((owner, i, j))
             ]
             if seen_by:
                 yield j, seen_by
 
-    def step(self, tensors: Tensors, pair: Pair) -> Step:
-        """Return queries of a chunk, and keys and values of one, as a kernel takes them."""
-        owner, i, j = pair
-        q, k, v = tensors
-        is_causal = self._chunks(self.cp.rank)[i][0] == self._chunks(owner)[j][0]
-        return Step(query=q, key=k, value=v, is_causal=is_causal, scale=self.layer.scale)
+    def parts(self, pair: Pair) -> list[Part]:
+        """Return what is done of a pair of chunks at a time; without a kernel a mask hides the rest."""
+        (_, queries), (_, keys) = self._pair(pair)
+        return parts((queries, keys), None if self.kernel is None else self.starts)
 
-    def mask(self, owner: int, i: int, j: int, device: torch.device) -> Tensor | None:
+    def step(self, tensors: Tensors, part: Part) -> Step:
+        """Return the step that is a part of a pair, as a kernel takes it."""
+        q, k, v = tensors
+        return Step(
+            query=part.of_queries(q),
+            key=part.of_keys(k),
+            value=part.of_keys(v),
+            is_causal=part.is_causal,
+            scale=self.layer.scale,
+        )
+
+    def mask(self, pair: Pair, device: torch.device) -> Tensor | None:
         """Return [B or 1, 1, Q, K], which keys of a chunk each query sees; None: all."""
-        query_chunk, queries = self._chunks(self.cp.rank)[i]
-        key_chunk, keys = self._chunks(owner)[j]
+        (query_chunk, queries), (key_chunk, keys) = self._pair(pair)
         window = self.layer.window
         if query_chunk != key_chunk and window is None and self.starts is None:
             return None
@@ -88,6 +102,10 @@ class Ring:
     def rows_of(self, rows_LBF: Tensor, owner: int, j: int) -> Tensor:
         """Return one of the two chunks of a rank's rows, a view."""
         return self.chunks.split(rows_LBF, self.chunks.held_by(owner, zigzag=True))[j]
+
+    def _pair(self, pair: Pair) -> tuple[tuple[int, range], tuple[int, range]]:
+        owner, i, j = pair
+        return self._chunks(self.cp.rank)[i], self._chunks(owner)[j]
 
     def _chunks(self, rank: int) -> list[tuple[int, range]]:
         held = self.chunks.held_by(rank, zigzag=True)
@@ -120,8 +138,7 @@ class _RingAttention(torch.autograd.Function):
             for j, seen_by in ring.pairs(owner):
                 k, v = _expand(ring, ring.rows_of(rows, owner, j), up_weight)
                 for i in seen_by:
-                    step = ring.step((queries[i], k, v), (owner, i, j))
-                    results[i] = merged(results[i], _partial(ring, step, (owner, i, j)))
+                    _attend_into(results[i], ring, (queries[i], k, v), (owner, i, j))
             rows = following.wait() if following is not None else rows
         outputs, sums = zip(*results, strict=True)
         ctx.ring = ring
@@ -193,10 +210,9 @@ def _pull_back(
     sides_k, sides_v = (x.detach().to(sides[0].query.dtype) for x in (k, v))
     grad_k, grad_v = (torch.zeros_like(x, dtype=sides[0].grad_q.dtype) for x in (k, v))
     for i in seen_by:
-        step = ring.step((sides[i].query, sides_k, sides_v), (owner, i, j))
-        grads_of_pair = _partial_gradients(ring, sides[i], step, (owner, i, j))
-        for total, grad in zip((sides[i].grad_q, grad_k, grad_v), grads_of_pair, strict=True):
-            total.add_(grad)
+        tensors = (sides[i].query, sides_k, sides_v)
+        totals = (sides[i].grad_q, grad_k, grad_v)
+        _add_gradients(totals, ring, sides[i], tensors, (owner, i, j))
     inputs = [part] if weight is None else [part, weight]
     grads = torch.autograd.grad((k, v), inputs, (grad_k.to(k.dtype), grad_v.to(v.dtype)))
     if grad_weight is not None:
@@ -221,27 +237,45 @@ def _scores(step: Step, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
 
-def _partial(ring: Ring, step: Step, pair: Pair) -> Result:
-    """Return the output for these keys alone, and the logarithm of the sum of exponentials."""
-    if ring.kernel is not None:
-        output, log_sum = ring.kernel.forward(step)
-        return output.to(log_sum.dtype), log_sum
-    scores = _scores(step, ring.mask(*pair, step.query.device))
+def _attend_into(result: Result, ring: Ring, tensors: Tensors, pair: Pair) -> None:
+    """Add what queries of a chunk see of the keys of one."""
+    for part in ring.parts(pair):
+        step = ring.step(tensors, part)
+        found = _written_out(ring, step, pair) if ring.kernel is None else ring.kernel.forward(step)
+        merge_into((part.of_queries(result[0]), part.of_queries(result[1])), found)
+
+
+def _add_gradients(totals: Tensors, ring: Ring, side: _Side, tensors: Tensors, pair: Pair) -> None:
+    """Add what keys of a chunk give to the gradients of the queries of one, of themselves and their values."""
+    for part in ring.parts(pair):
+        step = ring.step(tensors, part)
+        grad, output, log_sum = (part.of_queries(x) for x in (side.grad, side.output, side.sum))
+        if ring.kernel is None:
+            found = _written_out_gradients(ring, step, (grad, output, log_sum), pair)
+        else:
+            found = ring.kernel.backward(step, grad, (output, log_sum.contiguous()))
+        into = (part.of_queries(totals[0]), part.of_keys(totals[1]), part.of_keys(totals[2]))
+        for total, each in zip(into, found, strict=True):
+            total.add_(each)
+
+
+def _written_out(ring: Ring, step: Step, pair: Pair) -> Result:
+    scores = _scores(step, ring.mask(pair, step.query.device))
     log_sum = scores.logsumexp(dim=-1)
     weights = (scores - finite(log_sum)[..., None]).exp()
     return weights @ step.value.to(weights.dtype), log_sum
 
 
-def _partial_gradients(ring: Ring, side: _Side, step: Step, pair: Pair) -> Tensors:
-    """Return what these keys add to the gradient of the queries, and the gradients of both."""
-    if ring.kernel is not None:
-        return ring.kernel.backward(step, side.grad, (side.output, side.sum))
-    scores = _scores(step, ring.mask(*pair, step.query.device))
-    weights = (scores - side.sum[..., None]).exp()
+def _written_out_gradients(
+    ring: Ring, step: Step, of_output: tuple[Tensor, Tensor, Tensor], pair: Pair
+) -> Tensors:
+    grad, output, log_sum = of_output
+    scores = _scores(step, ring.mask(pair, step.query.device))
+    weights = (scores - log_sum[..., None]).exp()
     # Sum of output times gradient: Dao et al. 2022, appendix B.2.
-    delta = (side.grad * side.output).sum(dim=-1, keepdim=True)
-    grad_scores = weights * (side.grad @ step.value.mT - delta) * step.scale
-    return grad_scores @ step.key, grad_scores.mT @ step.query, weights.mT @ side.grad
+    delta = (grad * output).sum(dim=-1, keepdim=True)
+    grad_scores = weights * (grad @ step.value.mT - delta) * step.scale
+    return grad_scores @ step.key, grad_scores.mT @ step.query, weights.mT @ grad
 
 
 def _nothing_seen(q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:

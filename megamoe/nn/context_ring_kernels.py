@@ -1,54 +1,23 @@
-"""A step of a ring by torch's FlashAttention: queries to a chunk of keys among those they see.
-
-A step returns the logarithm of the sum of exponentials with its output, so that steps can be merged. Its
-gradients take the merged output and sum: with them the weights of a step are those of the whole
-softmax (Liu et al. 2023).
+"""Kernels for the steps of a ring, and which of them a case is given: those of packages first, then torch's.
 
 As in megamoe/nn/attention_gpu.py a kernel is trusted after it has given the right output and gradients of a small
-example. flash-attn has the same two functions, but they are its own: their arguments differ from version to
-version.
+example.
 
-Shapes: B batch, N heads, Q queries, K keys (Q of them where the step is causal), D query and key head
-dimension, V value head dimension.
+Shapes: B batch, N heads, Q queries, K keys.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from megamoe.nn import context_ring_packages as packages
 from megamoe.nn.attention_gpu import agree, dense
 from megamoe.nn.attention_packages import widened
+from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors, merge_into
 
-Tensors = tuple[Tensor, Tensor, Tensor]
-Result = tuple[Tensor, Tensor]  # output [B, N, Q, V] and logarithm of the sum [B, N, Q]
-_CHUNK = 80  # of the example
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """Queries [B, N, Q, D], keys [B, N, K, D] and values [B, N, K, V]."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    is_causal: bool  # queries and keys are of the same positions; else every query sees every key
-    scale: float
-
-    @property
-    def tensors(self) -> Tensors:
-        """Return queries, keys and values."""
-        return self.query, self.key, self.value
-
-
-@dataclass(frozen=True, slots=True)
-class StepKernel:
-    """What does a step, and what gives its gradients from that of the output, and the merged result."""
-
-    forward: Callable[[Step], Result]
-    backward: Callable[[Step, Tensor, Result], Tensors]
+_CHUNK, _EARLIER = 80, 56  # queries of the example, and keys before theirs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,23 +28,26 @@ class StepCase:
     dtype: torch.dtype
     key_dim: int
     value_dim: int
+    has_documents: bool  # then steps are of any length, and of another in each batch
     deterministic: bool
 
 
 @cache
 def choose(case: StepCase) -> StepKernel | None:
     """Return a kernel that does a step of the case right; None: scores are written out."""
-    for kernel in KERNELS.values():
+    for name, kernel in KERNELS.items():
+        if case.has_documents and name in FOR_FEW_SHAPES:
+            continue
         if is_right(kernel, case):
             return kernel
     return None
 
 
 def is_right(kernel: StepKernel, case: StepCase) -> bool:
-    """Tell whether two steps, merged, are attention to both their chunks, gradients included."""
+    """Tell whether two steps, merged, are attention to the keys of both, gradients included."""
     generator = torch.Generator().manual_seed(1)
     widths = (case.key_dim, case.key_dim, case.value_dim, case.value_dim)
-    lengths = (_CHUNK, 2 * _CHUNK, 2 * _CHUNK, _CHUNK)
+    lengths = (_CHUNK, _EARLIER + _CHUNK, _EARLIER + _CHUNK, _CHUNK)
     *inputs, upstream = (
         torch.randn(1, 2, length, width, generator=generator).to(case.device, case.dtype)
         for length, width in zip(lengths, widths, strict=True)
@@ -90,37 +62,27 @@ def is_right(kernel: StepKernel, case: StepCase) -> bool:
         return False
 
 
-def merged(one: Result, other: Result) -> Result:
-    """Return the output for the keys of both, and its sum."""
-    log_sum = torch.logaddexp(one[1], other[1])
-    shift = finite(log_sum)
-    terms = (out * (s - shift).exp()[..., None] for out, s in (one, other))
-    return sum(terms, start=torch.zeros_like(one[0])), log_sum
-
-
-def finite(log_sum: Tensor) -> Tensor:
-    """Return 0 for queries that have seen no key yet, so that nothing is -inf less -inf."""
-    return log_sum.masked_fill(log_sum == -torch.inf, 0.0)
-
-
 def _two_steps(kernel: StepKernel, inputs: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    """Return output and gradients of queries that see an earlier chunk and their own."""
+    """Return output and gradients of queries that see earlier keys and their own."""
     q, k, v = inputs
     steps = [
         Step(
             query=q,
-            key=k[:, :, begin : begin + _CHUNK],
-            value=v[:, :, begin : begin + _CHUNK],
-            is_causal=begin > 0,
+            key=k[:, :, keys],
+            value=v[:, :, keys],
+            is_causal=keys.start is not None,
             scale=q.shape[-1] ** -0.5,
         )
-        for begin in (0, _CHUNK)
+        for keys in (slice(_EARLIER), slice(_EARLIER, None))
     ]
-    output, log_sum = merged(*((out.float(), s) for out, s in map(kernel.forward, steps)))
+    (output, log_sum), own = (
+        (output.to(log_sum.dtype), log_sum) for output, log_sum in map(kernel.forward, steps)
+    )
+    merge_into((output, log_sum), own)
     result = output.to(q.dtype), log_sum
-    earlier, own = (kernel.backward(step, upstream, result) for step in steps)
-    keys_and_values = (torch.cat(both, dim=2) for both in zip(earlier[1:], own[1:], strict=True))
-    return output, earlier[0].float() + own[0].float(), *keys_and_values
+    first, second = (kernel.backward(step, upstream, result) for step in steps)
+    keys_and_values = (torch.cat(both, dim=2) for both in zip(first[1:], second[1:], strict=True))
+    return output, first[0].float() + second[0].float(), *keys_and_values
 
 
 def _flash(step: Step) -> Result:
@@ -163,6 +125,10 @@ def _narrowed(grads: Tensors, step: Step) -> Tensors:
 
 
 KERNELS = {
+    "flash_attn_3": packages.FLASH_ATTN_3,
+    "transformer_engine": packages.TRANSFORMER_ENGINE,
+    "flash_attn_2": packages.FLASH_ATTN_2,
     "flash": StepKernel(_flash, _flash_gradients),
     "flash_on_cpu": StepKernel(_flash_on_cpu, _flash_gradients_on_cpu),
 }
+FOR_FEW_SHAPES = ("transformer_engine",)  # cuDNN makes a plan for each new shape

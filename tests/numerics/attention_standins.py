@@ -231,30 +231,43 @@ class DotProductAttention(nn.Module):
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.unfused_attention = Unfused()
 
-    def forward(self, query_layer, key_layer, value_layer, attn_mask_type):
+    def forward(
+        self,
+        query_layer,
+        key_layer,
+        value_layer,
+        attention_mask=None,
+        qkv_format=None,
+        cu_seqlens_q=None,
+        cu_seqlens_kv=None,
+        cu_seqlens_q_padded=None,
+        cu_seqlens_kv_padded=None,
+        max_seqlen_q=None,
+        max_seqlen_kv=None,
+        attn_mask_type=None,
+    ):
         assert self.qkv_format == "sbhd"
-        assert attn_mask_type in {"causal", "causal_bottom_right"}
         assert self.window_size == (-1, 0) or (self.window_size[0] >= 0 == self.window_size[1])
         assert self.deterministic == torch.are_deterministic_algorithms_enabled()
-        assert query_layer.shape[2:] == (self.num_heads, self.widths[0])
-        assert key_layer.shape[2:] == (self.num_groups, self.widths[0])
-        assert value_layer.shape[2:] == (self.num_groups, self.widths[1])
-        q, k, v = (x.transpose(0, 1) for x in (query_layer, key_layer, value_layer))
-        out = (attend if self.has_fused_kernel else self.unfused_attention)(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            causal=True,
-            window_size=self.window_size,
-            bottom_right=attn_mask_type == "causal_bottom_right",
-        )
-        return out.transpose(0, 1).flatten(2)
+        assert query_layer.shape[-2:] == (self.num_heads, self.widths[0])
+        assert key_layer.shape[-2:] == (self.num_groups, self.widths[0])
+        assert value_layer.shape[-2:] == (self.num_groups, self.widths[1])
+        inputs = query_layer, key_layer, value_layer
+        options = {"scale": self.scale, "causal": True, "window_size": self.window_size}
+        options["bottom_right"] = attn_mask_type.endswith("causal_bottom_right")
+        if qkv_format == "thd":
+            assert attn_mask_type in {"padding_causal", "padding_causal_bottom_right"}
+            lengths = (cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
+            attended = attend_each if self.has_fused_kernel else self.unfused_attention
+            return attended(*inputs, *lengths, **options).flatten(1)
+        assert attn_mask_type in {"causal", "causal_bottom_right"}
+        attended = attend if self.has_fused_kernel else self.unfused_attention
+        return attended(*(x.transpose(0, 1) for x in inputs), **options).transpose(0, 1).flatten(2)
 
 
 class Unfused(nn.Module):
-    def forward(self, q, k, v, **options):
-        return attend(q, k, v, **options)
+    def forward(self, q, k, v, *lengths, **options):
+        return (attend_each if lengths else attend)(q, k, v, *lengths, **options)
 
 
 def transformer_engine(attention: type[nn.Module] = DotProductAttention) -> dict[str, ModuleType]:

@@ -53,12 +53,7 @@ WRONG = {  # of a window of 96 keys, as the trial has it
     "sees_what_comes": {"causal": False, "window_size": (95, -1)},
     "no_scale": {"scale": 1.0},
 }
-KINDS = [
-    (name, kind)
-    for name in MODULES
-    for kind in Kind
-    if kind is not Kind.DOCUMENTS or name in DOCUMENTS
-]
+KINDS = [(name, kind) for name in MODULES for kind in Kind]
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,7 @@ def backward(
     """`_flash_attention_backward`."""
     assert dropout_p == 0.0
     assert seed.dtype is torch.uint64
+    assert log_sum.is_contiguous()  # read without its strides
     _check(q, k, v)
     grads = [torch.empty_like(x) for x in (q, k, v)]  # NaN where nothing is written
     for queries, keys in _rows(cu_q, cu_k, max_q, max_k, q.dim()):

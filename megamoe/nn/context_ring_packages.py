@@ -1,0 +1,144 @@
+"""Steps of a ring by packages that may be installed: flash-attn 3 and 2, Transformer Engine.
+
+Attention as a whole has public functions (megamoe/nn/attention_packages.py); its gradients for a softmax over
+other keys, too, are had from the functions below them alone, as these packages' own context parallelism has
+them. Their arguments are those of flash-attn 2.7 to 2.8, of its `hopper` folder, which is flash-attn 3, from
+2.8.0 to August 2026, and of Transformer Engine 2.0 to 2.18. With another version the trial of
+megamoe/nn/context_ring_kernels.py fails, and the next kernel is tried.
+
+Shapes: B batch, N heads, Q queries, K keys.
+"""
+
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamoe.nn.attention_packages import widened
+from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors
+
+
+def _flash_attn_3(step: Step) -> Result:
+    q, k, v = (x.transpose(1, 2) for x in step.tensors)
+    # Of lengths, caches, positions and scales of 8-bit numbers there are none.
+    found = import_module("flash_attn_interface")._flash_attn_forward(
+        q, k, v, *[None] * 20, step.scale, step.is_causal
+    )
+    return found[0].transpose(1, 2), found[1]
+
+
+def _flash_attn_3_gradients(step: Step, grad: Tensor, result: Result) -> Tensors:
+    q, k, v, output, upstream = (x.transpose(1, 2) for x in (*step.tensors, result[0], grad))
+    grads = _like(q, k, v)
+    import_module("flash_attn_interface")._flash_attn_backward(
+        *(upstream, q, k, v, output, result[1], *[None] * 6, *grads, step.scale, step.is_causal),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return _transposed(grads)
+
+
+def _flash_attn_2(step: Step) -> Result:
+    q, k, v = (x.transpose(1, 2) for x in widened(*step.tensors))
+    found = import_module("flash_attn.flash_attn_interface")._flash_attn_forward(
+        *(q, k, v), return_softmax=False, **_flash_attn_2_options(step)
+    )
+    return found[0][..., : step.value.shape[-1]].transpose(1, 2), found[1]
+
+
+def _flash_attn_2_gradients(step: Step, grad: Tensor, result: Result) -> Tensors:
+    q, k, v, output, upstream = (x.transpose(1, 2) for x in widened(*step.tensors, result[0], grad))
+    grads = _like(q, k, v)
+    import_module("flash_attn.flash_attn_interface")._flash_attn_backward(
+        *(upstream, q, k, v, output, result[1], *grads),
+        **_flash_attn_2_options(step),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    grad_q, grad_k, grad_v = _transposed(grads)
+    width, value_width = step.query.shape[-1], step.value.shape[-1]
+    return grad_q[..., :width], grad_k[..., :width], grad_v[..., :value_width]
+
+
+def _flash_attn_2_options(step: Step) -> dict[str, Any]:
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": step.scale,
+        "causal": step.is_causal,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
+def _transformer_engine(step: Step) -> Result:
+    fused = import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
+    rows = [_sequence_first(x) for x in step.tensors]
+    output, (log_sum, *_) = fused.fused_attn_fwd(
+        *(True, *_lengths(step), *rows, step.query.dtype),
+        fused.FusedAttnBackend["F16_arbitrary_seqlen"],
+        **_transformer_engine_options(step),
+    )
+    return output.permute(1, 2, 0, 3), log_sum.squeeze(-1)
+
+
+def _transformer_engine_gradients(step: Step, grad: Tensor, result: Result) -> Tensors:
+    fused = import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
+    rows = [_sequence_first(x) for x in (*step.tensors, result[0], grad)]
+    options = _transformer_engine_options(step)
+    if "dqkv_dtype" in signature(fused.fused_attn_bwd).parameters:  # before 2.15
+        dtypes = import_module("transformer_engine.pytorch.constants").TE_DType
+        options["dqkv_dtype"] = dtypes[step.query.dtype]
+    else:
+        options["dqkv_layout"] = options["qkv_layout"]
+    no_dropout = torch.zeros(2, dtype=torch.int64, device=grad.device)  # state of random numbers
+    grads = fused.fused_attn_bwd(
+        *(*_lengths(step), *rows),
+        fake_dtype=step.query.dtype,
+        aux_ctx_tensors=[result[1][..., None], no_dropout],
+        fused_attention_backend=fused.FusedAttnBackend["F16_arbitrary_seqlen"],
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **options,
+    )
+    grad_q, grad_k, grad_v = (x.permute(1, 2, 0, 3) for x in grads[:3])
+    return grad_q, grad_k, grad_v
+
+
+def _transformer_engine_options(step: Step) -> dict[str, Any]:
+    return {
+        "attn_scale": step.scale,
+        "qkv_layout": "sbhd_sbhd_sbhd",
+        "attn_mask_type": "causal" if step.is_causal else "no_mask",
+    }
+
+
+def _lengths(step: Step) -> tuple[int, int, Tensor, Tensor]:
+    """Return those of queries and keys, and where each of the batch begins."""
+    batch, _, num_queries, _ = step.query.shape
+    num_keys = step.key.shape[2]
+    begins_q, begins_k = (
+        torch.arange(batch + 1, dtype=torch.int32, device=step.query.device) * length
+        for length in (num_queries, num_keys)
+    )
+    return num_queries, num_keys, begins_q, begins_k
+
+
+def _sequence_first(x_BNSD: Tensor) -> Tensor:
+    """Return [S, B, N, D], in this order in memory, too."""
+    return x_BNSD.permute(2, 0, 1, 3).contiguous()
+
+
+def _like(*tensors: Tensor) -> Tensors:
+    q, k, v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+    return q, k, v
+
+
+def _transposed(grads: Tensors) -> Tensors:
+    q, k, v = (grad.transpose(1, 2) for grad in grads)
+    return q, k, v
+
+
+FLASH_ATTN_3 = StepKernel(_flash_attn_3, _flash_attn_3_gradients)
+FLASH_ATTN_2 = StepKernel(_flash_attn_2, _flash_attn_2_gradients)
+TRANSFORMER_ENGINE = StepKernel(_transformer_engine, _transformer_engine_gradients)
