@@ -26,7 +26,7 @@ def initialize(chunks: Iterable[Any], *, std: float, seed: int) -> None:
         matrices = sum(p.numel() for p in chunk.parameters() if p.ndim > 1)
         parts = [
             part
-            for part in _sharded_tensors(chunk.sharded_state_dict(metadata=sharding()))
+            for part in sharded_tensors(chunk.sharded_state_dict(metadata=sharding()))
             if part.data is not None and part.data.ndim > 1
         ]
         # One core draws some 60 million numbers a second: minutes for a large model.
@@ -36,10 +36,11 @@ def initialize(chunks: Iterable[Any], *, std: float, seed: int) -> None:
         assert filled == matrices, f"{filled} of {matrices} weights were initialised"
 
 
-def _sharded_tensors(state: dict[str, object]) -> Iterable[ShardedTensor]:
+def sharded_tensors(state: dict[str, object]) -> Iterable[ShardedTensor]:
+    """Yield the parts of a sharded state, those that Megatron-core makes of one tensor each by itself."""
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):
-            yield from _sharded_tensors({"": value.build()})
+            yield from sharded_tensors({"": value.build()})
         elif isinstance(value, ShardedTensor):
             yield value
 

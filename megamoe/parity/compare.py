@@ -74,6 +74,11 @@ def compare(ours: Left, one: Left, bound: float) -> Comparison:
     measured, beyond = _measured(ours, one, bound)
     found = list(_differences(ours, one))
     differing = [each.name for kind, each in found if each.difference > (bound if kind else 0)]
+    differing += [
+        f"step {step}: {name} copies"
+        for step, result in enumerate(ours.results, 1)
+        for name in result["unequal_copies"]
+    ]
     tensors = {
         kind: max((each for of, each in found if of == kind), key=lambda each: each.difference)
         for kind in KINDS

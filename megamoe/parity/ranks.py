@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     cpu.enable()
     from megamoe.mcore import groups
     from megamoe.mcore.engine import Engine
+    from megamoe.parity.copies import unequal_copies
 
 from megamoe.errors import LaunchError
 from megamoe.plan.plan import Plan
@@ -107,7 +108,8 @@ def _be_rank(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> No
     engine = Engine(plan, segment, run_dir)
     results: list[dict[str, Any]] = []
     while not engine.is_done and len(results) != stop_after:
-        results.append(asdict(engine.train_step()))
+        measured = asdict(engine.train_step())
+        results.append(measured | {"unequal_copies": unequal_copies(engine.chunks)})
         engine.save(wait=True)
     if rank == 0:
         (run_dir / _RESULTS).write_text(json.dumps(results), encoding="utf-8")

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
 
     cpu.enable()
     from megamoe.mcore import compat, context, data, model, roll, router, spec, states
+    from megamoe.mcore.engine import Engine
     from megamoe.mcore.layer import ReplicatedLinear
     from megamoe.nn import context_parallel
     from megamoe.parity import ranks  # noqa: F401 - imports what is patched before it is
@@ -204,6 +205,20 @@ def _states_one_value_further() -> Any:
     return mock.patch.object(states, "_boxes", further)
 
 
+def _norms_of_other_ranks_drift() -> Any:
+    train = Engine.train_step
+
+    def drifting(self: Any) -> Any:
+        measured = train(self)
+        if self.is_done and data.parallel_state.get_tensor_model_parallel_rank() > 0:
+            for name, weight in self.chunks[0].named_parameters():
+                if name.endswith("norm.weight"):
+                    weight.data += 1e-7
+        return measured
+
+    return mock.patch.object(Engine, "train_step", drifting)
+
+
 MUTATIONS = {
     "mtp_shift": Mutation(
         what="tokens of multi-token prediction shifted within a shard, not across its edge",
@@ -309,6 +324,12 @@ MUTATIONS = {
         recipe="vaetki_7b_a1b",
         layout="dp2",
         plant=_states_one_value_further,
+    ),
+    "copies": Mutation(
+        what="norms drift on ranks that do not store them, after the last step",
+        recipe="vaetki_7b_a1b",
+        layout="tp2",
+        plant=_norms_of_other_ranks_drift,
     ),
 }
 

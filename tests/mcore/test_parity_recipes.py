@@ -64,6 +64,13 @@ PACKED_FULL = {
     "ax_k1_519b_a33b": "tp2xcp2xep2",
     "keural_14b": "cp2",
 }
+IN_FLOAT64 = {
+    "vaetki_7b_a1b": "ep4,cp4xring,cp2xheads,tp2xcp2xep2",
+    "vaetki_20b_a2b": EIGHT,
+    "k_exaone_236b_a23b": "tp2,pp2xvpp2,tp2xcp2xep2,dp2xpp2xep2",
+    "keural_14b": "pp2,tp2xcp2",
+    "ax_k1_519b_a33b": "cp2,tp2xep2xetp2",
+}
 
 
 def cases(matrix: dict[str, str]) -> list[tuple[str, str]]:
@@ -179,11 +186,9 @@ def test_some_experts_get_no_token_in_a_whole_batch(rows):
 
 
 @pytest.mark.parity
-def test_in_float64_only_a_fault_would_be_left(rows):
-    """K-EXAONE's kind of model: windows, GQA, an expert bias and multi-token prediction."""
-    layouts = "tp2,pp2xvpp2,tp2xcp2xep2,dp2xpp2xep2"
-    for row in rows("k_exaone_236b_a23b", layouts, "float64").values():
-        check(row, DOUBLE)
+@pytest.mark.parametrize(("name", "layout"), cases(IN_FLOAT64))
+def test_in_float64_only_a_fault_would_be_left(rows, name, layout):
+    check(rows(name, IN_FLOAT64[name], "float64")[layout], DOUBLE)
 
 
 @pytest.mark.parity

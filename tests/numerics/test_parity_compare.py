@@ -18,6 +18,7 @@ STEP = {
     "tokens_seen": 512,
     "lr": 0.5,
     "sequences": 8,
+    "unequal_copies": [],
 }
 STORED = {
     "embedding.weight": torch.tensor([4.0, -2.0]),
@@ -81,6 +82,12 @@ def test_what_only_one_layout_has_is_a_difference():
     more = left({"mtp.weight": torch.ones(1)}, aux_losses=[])
     assert compare(more, left(), 1.0).beyond == ("step 1: aux_loss", "step 1: mtp.weight")
     assert compare(left(), more, 1.0).beyond == ("step 1: aux_loss", "step 1: mtp.weight")
+
+
+def test_copies_that_are_not_equal_are_a_difference_however_small():
+    found = compare(left(unequal_copies=["output.weight"]), left(), 1.0)
+    assert found.beyond == ("step 1: output.weight copies",)
+    assert found.first_tensor == "step 1: output.weight copies"
 
 
 def note(comparison):
