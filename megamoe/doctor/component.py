@@ -44,7 +44,7 @@ REQUIREMENTS = (
 )
 
 _ATTENTION = "torch's own attention kernels"
-_EVERYWHERE = "halos and packed documents included, where its trial passes"
+_EVERYWHERE = "halos, packed documents and rings included, where its trial passes"
 
 OPTIONAL = (
     Component(
