@@ -133,9 +133,9 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
 
     Attention is computed 3.5 times, the scores of its backward pass anew, and projections three
     times, in a ring four. A document is taken to be the whole sequence, as far as attention goes.
-    Messages of a ring are hidden by its attention as far as that takes;
-    those of the others by nothing, though a caller may hide some behind its query projections. A ring
-    has no kernel for a window (megamoe/nn/context_ring.py), and none where none passed its trial.
+    Messages of a ring are hidden by its attention as far as that takes; those of the others by
+    nothing, though a caller may hide some behind its query projections. A ring has no kernel for a
+    window (megamoe/nn/context_ring.py), and none where none passed its trial.
     """
     wire = wire_bytes(layer, scheme, extent)
     attention, projection = _attention_flops(layer, scheme, extent), 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from megamoe.nn import context_ring_packages as packages
 from megamoe.nn.attention_gpu import agree, dense
 from megamoe.nn.attention_packages import widened
-from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors, merge_into
+from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors, merge_into, narrowed
 
 _CHUNK, _EARLIER = 80, 56  # queries of the example, and keys before theirs
 
@@ -100,7 +100,7 @@ def _flash_gradients(step: Step, grad: Tensor, result: Result) -> Tensors:
         *(upstream, q, k, v, output, result[1], *lengths, 0.0, step.is_causal, *no_dropout),
         scale=step.scale,
     )
-    return _narrowed(grads, step)
+    return narrowed(grads, step)
 
 
 def _flash_on_cpu(step: Step) -> Result:
@@ -115,13 +115,7 @@ def _flash_gradients_on_cpu(step: Step, grad: Tensor, result: Result) -> Tensors
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
         *(upstream, q, k, v, output, result[1], 0.0, step.is_causal), scale=step.scale
     )
-    return _narrowed(grads, step)
-
-
-def _narrowed(grads: Tensors, step: Step) -> Tensors:
-    """Return the gradients without those of the zeros that made one width."""
-    q, k, v = (grad[..., : x.shape[-1]] for grad, x in zip(grads, step.tensors, strict=True))
-    return q, k, v
+    return narrowed(grads, step)
 
 
 KERNELS = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megamoe.nn.attention_packages import widened
-from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors
+from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors, narrowed
 
 
 def _flash_attn_3(step: Step) -> Result:
@@ -55,9 +55,7 @@ def _flash_attn_2_gradients(step: Step, grad: Tensor, result: Result) -> Tensors
         **_flash_attn_2_options(step),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    grad_q, grad_k, grad_v = _transposed(grads)
-    width, value_width = step.query.shape[-1], step.value.shape[-1]
-    return grad_q[..., :width], grad_k[..., :width], grad_v[..., :value_width]
+    return narrowed(_transposed(grads), step)
 
 
 def _flash_attn_2_options(step: Step) -> dict[str, Any]:

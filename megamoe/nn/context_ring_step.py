@@ -45,6 +45,12 @@ class StepKernel:
     backward: Callable[[Step, Tensor, Result], Tensors]
 
 
+def narrowed(grads: Tensors, step: Step) -> Tensors:
+    """Return the gradients of a step without those of zeros that made its tensors as wide as each other."""
+    q, k, v = (grad[..., : x.shape[-1]] for grad, x in zip(grads, step.tensors, strict=True))
+    return q, k, v
+
+
 def merge_into(total: Result, step: Result) -> None:
     """Add a step to the output and the sum of the steps so far, in place."""
     log_sum = torch.logaddexp(total[1], step[1])
