@@ -137,9 +137,7 @@ def verify(folder: Path) -> None:
             check_file(folder, entry)
     except CheckpointError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * world
-    torch.distributed.all_gather_object(problems, problem, group=groups.saving())
-    if found := [problem for problem in problems if problem]:
+    if found := [problem for problem in groups.told_by_all(problem) if problem]:
         raise CheckpointError(f"{found[0]}{remedy(folder.parent)}")
 
 

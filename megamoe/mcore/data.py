@@ -211,11 +211,8 @@ def check_shards(folder: Path, shards: Sequence[Shard]) -> None:
         for place, shard in enumerate(shards)
         if (problem := _problem(folder, shard, is_hashed=place % world == rank))
     )
-    found: list[tuple[int, str] | None] = [None] * world
-    first = next(problems, None)
-    torch.distributed.all_gather_object(found, first, group=groups.saving())
-    if some := [problem for problem in found if problem]:
-        raise DataError(f"{min(some)[1]}; restore it or plan again")
+    if found := [first for first in groups.told_by_all(next(problems, None)) if first]:
+        raise DataError(f"{min(found)[1]}; restore it or plan again")
 
 
 def _problem(folder: Path, shard: Shard, *, is_hashed: bool) -> str | None:

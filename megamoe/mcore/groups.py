@@ -1,7 +1,7 @@
 """Process groups of one segment."""
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -12,6 +12,7 @@ from megamoe.mcore.sharing import Sharing, sharing_of
 from megamoe.nn.context_group import ContextGroup
 from megamoe.plan.plan import Plan, Segment
 
+T = TypeVar("T")
 CONTEXTS = ("local", "global", "tokens")  # layers with a window, layers without, what is predicted
 _LONGEST_WRITE = timedelta(hours=2)  # ranks that have written wait for the slowest
 
@@ -59,6 +60,13 @@ def saving() -> torch.distributed.ProcessGroup:
     A thread writes them while training goes on, so their collectives must not meet training's.
     """
     return _SAVING[0]
+
+
+def told_by_all(mine: T) -> list[T]:
+    """Return what each rank gives, by rank; small, and on the CPU. All ranks call this together."""
+    told = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, mine, group=saving())
+    return told
 
 
 def context(kind: str) -> ContextGroup:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megamoe.mcore.groups import sharding
+from megamoe.mcore import groups
 from megamoe.mcore.init import sharded_tensors
 from megamoe.mcore.model import unwrap
 
@@ -21,13 +21,11 @@ def unequal_copies(chunks: Iterable[Any]) -> list[str]:
             part.data.detach().contiguous().view(torch.uint8).numpy()
         ).hexdigest()
         for chunk in chunks
-        for part in sharded_tensors(unwrap(chunk).sharded_state_dict(metadata=sharding()))
+        for part in sharded_tensors(unwrap(chunk).sharded_state_dict(metadata=groups.sharding()))
         if part.data is not None
     }
-    every: list[dict[tuple[str, tuple[int, ...]], str]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, mine)
     seen: dict[tuple[str, tuple[int, ...]], set[str]] = {}
-    for hashes in every:
+    for hashes in groups.told_by_all(mine):
         for place, digest in hashes.items():
             seen.setdefault(place, set()).add(digest)
     return sorted({name for (name, _), digests in seen.items() if len(digests) > 1})
