@@ -56,7 +56,7 @@ test-gpu: $(READY) ## run the tests that need a GPU
 parity: $(READY) ## compare every recipe in 13 layouts and more with one process, tensor by tensor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity $(ARGS)
 
-mutations: $(READY) ## plant twenty known mistakes, one at a time: each must be found
+mutations: $(READY) ## plant twenty-one known mistakes, one at a time: each must be found
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m mutations $(ARGS)
 
 gpu-check: $(READY) ## measure training steps on a GPU; without: ARGS='--device cpu --scale tiny'

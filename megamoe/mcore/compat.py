@@ -71,17 +71,16 @@ def language_model(config: TransformerConfig, layers: Layers, **options: Any) ->
         gpt = importlib.import_module("megatron.core.models.gpt.gpt_model")
         _replace_mtp_loss(gpt)
         _replace_roll(gpt)
-        is_last = options["post_process"]
         return gpt.GPTModel(
             config=config,
             transformer_layer_spec=layers.block,
-            mtp_block_spec=layers.mtp_block_spec if is_last else None,
+            mtp_block_spec=layers.mtp_block_spec,
             **options,
         )
     hybrid = importlib.import_module("megatron.core.models.hybrid.hybrid_model")
     _replace_mtp_loss(hybrid)
     logging.getLogger(_DATA_PARALLEL).addFilter(_says_something)
-    return hybrid.HybridModel(
+    model = hybrid.HybridModel(
         config=config,
         hybrid_stack_spec=ModuleSpec(
             module=_LayerStack, submodules=layers, params={"vp_stage": options["vp_stage"]}
@@ -89,6 +88,12 @@ def language_model(config: TransformerConfig, layers: Layers, **options: Any) ->
         hybrid_layer_pattern=_pattern(config),
         **options,
     )
+    # models/hybrid/hybrid_model.py:309 and :554 want multi-token prediction with the output layer.
+    if model.mtp_process and not model.post_process:
+        del model.output_layer  # of no use to it, and a matrix more
+    if config.mtp_num_layers and model.post_process and not model.mtp_process:
+        model.forward = partial(_losses_of_received, model)
+    return model
 
 
 def mtp_layer_spec(*, norm: type, projection: type, layer: ModuleSpec) -> ModuleSpec:
@@ -268,6 +273,33 @@ def _process_mtp_loss(  # noqa: PLR0913 - Megatron-core's call
             _record(depth, config.mtp_num_layers, losses_BS.detach().sum())
         hidden_states = MTPLossAutoScaler.apply(hidden_states, scale * losses_BS)
     return hidden_states
+
+
+def _losses_of_received(
+    model: Any,
+    *_: Any,  # tokens, positions, mask: of no use without layers
+    labels: Tensor,
+    loss_mask: Tensor,
+    packed_seq_params: Tensor | None,
+) -> Tensor:
+    """Return the losses of a chunk of the output layer alone, as HybridModel has those of all chunks.
+
+    It receives what 0.16.1 hands on from the chunk of multi-token prediction: the decoder's hidden
+    states, then those of each depth, one after the other in the tokens' dimension.
+    """
+    hidden_states = _process_mtp_loss(
+        hidden_states=model.decoder(hidden_states=None, attention_mask=None),
+        labels=labels,
+        loss_mask=loss_mask,
+        output_layer=model.output_layer,
+        output_weight=None,  # its own
+        is_training=model.training,
+        compute_language_model_loss=model.compute_language_model_loss,
+        config=model.config,
+        packed_seq_params=packed_seq_params,
+    )
+    logits, _ = model.output_layer(hidden_states)
+    return model.compute_language_model_loss(labels, logits)
 
 
 def _record(depth: int, num_depths: int, loss: Tensor) -> None:

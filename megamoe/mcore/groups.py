@@ -39,6 +39,7 @@ def form(plan: Plan, segment: Segment) -> None:
             f"processes, {world} were started"
         )
     layout = segment.layout
+    with_table = layout.ranks_with_table(plan.model)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -46,6 +47,9 @@ def form(plan: Plan, segment: Segment) -> None:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        # Megatron-Core 0.16.1 and 0.19.2 parallel_state.py default_embedding_ranks: the first and the
+        # last, whose gradients would be added up though the last has another matrix.
+        get_embedding_ranks=lambda ranks: [ranks[place] for place in with_table],
     )
     group = parallel_state.get_context_parallel_group() if layout.cp > 1 else None
     _SHARING[:] = [sharing_of(plan, segment)]

@@ -56,7 +56,7 @@ def _chunk(
         config,
         Layers(
             block=block_spec(config, plan.model, segment, vp_stage),
-            mtp_block_spec=mtp_spec(config, plan.model, segment),
+            mtp_block_spec=mtp_spec(config, plan.model, segment, vp_stage),
         ),
         vocab_size=plan.model.vocab_size,
         max_sequence_length=segment.seq_len,
@@ -66,7 +66,7 @@ def _chunk(
         position_embedding_type="none",  # positions belong to the layers
         vp_stage=vp_stage,
     )
-    if is_last and not is_first and plan.model.mtp and plan.model.tied_embeddings:
+    if is_last and not is_first and model.mtp_process and plan.model.tied_embeddings:
         # The table is the embedding that multi-token prediction has here. Megatron-Core 0.16.1
         # models/gpt/gpt_model.py:249 (0.19.2: models/hybrid/hybrid_model.py:322) makes another one,
         # which nothing uses and its state dict then does not expect.

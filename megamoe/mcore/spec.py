@@ -9,7 +9,10 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_num_layers_to_build,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -50,10 +53,13 @@ def block_spec(
 
 
 def mtp_spec(
-    config: TransformerConfig, model: Model, segment: Segment
+    config: TransformerConfig, model: Model, segment: Segment, vp_stage: int | None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the multi-token prediction layers, or None; they attend to everything."""
-    if model.mtp is None:
+    """Return the multi-token prediction layers of this pipeline rank and chunk, which see everything.
+
+    None: another has them, or the model has none.
+    """
+    if model.mtp is None or not get_mtp_num_layers_to_build(config, vp_stage=vp_stage):
         return None
     layer = mtp_layer_spec(
         norm=Norm,

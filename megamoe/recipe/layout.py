@@ -44,7 +44,7 @@ class Layout(Checked):
         if self.vpp > 1 and self.pp == 1:
             raise FieldError("vpp", f"{self.vpp} needs pp above 1; give vpp=1 or a larger pp")
         if self.pipeline != EVEN:
-            written_chunks(self.pipeline, self.pp * self.vpp)
+            written_chunks(self.pipeline, self.pp, self.vpp)
         parts = self.recompute
         if len(set(parts)) != len(parts) or ("layer" in parts and len(parts) > 1):
             raise FieldError("recompute", f"{parts} names a part twice; give each once")
@@ -77,13 +77,24 @@ class Layout(Checked):
         Raises:
             FieldError: a written pipeline is that of another model.
         """
-        count = self.pp * self.vpp
         num_predictions = model.mtp.num_layers if model.mtp else 0
         if self.pipeline == EVEN:
-            return even_chunks(count, model.num_layers, num_predictions)
-        chunks = written_chunks(self.pipeline, count)
+            return even_chunks(self.pp * self.vpp, model.num_layers, num_predictions)
+        chunks = written_chunks(self.pipeline, self.pp, self.vpp)
         check_layers(self.pipeline, chunks, model.num_layers, num_predictions)
         return chunks
+
+    def ranks_with_table(self, model: Model) -> tuple[int, ...]:
+        """Return the pipeline ranks that hold the embedding, in order: multi-token prediction too.
+
+        The output layer is another matrix, unless it is tied.
+        """
+        letters = set("EmL") if model.tied_embeddings else set("Em")
+        chunks = self.chunks(model)
+        assert chunks is not None, self
+        return tuple(
+            sorted({i % self.pp for i, chunk in enumerate(chunks) if letters & set(chunk)})
+        )
 
 
 def one_rank(micro_batch: int) -> Layout:

@@ -33,13 +33,19 @@ def even_chunks(num_chunks: int, num_layers: int, num_predictions: int) -> tuple
     return tuple(chunks)
 
 
-def written_chunks(text: str, num_chunks: int) -> tuple[str, ...]:
+def written_chunks(text: str, pp: int, vpp: int) -> tuple[str, ...]:
     """Return the chunks of a written pipeline, every layer a letter: ('Et', 'tt', 'tmL').
 
+    Args:
+        text: the pipeline.
+        pp: its ranks.
+        vpp: the chunks of each.
+
     Raises:
-        FieldError: the text cannot be read, has another number of chunks, or an order that no
-            model has.
+        FieldError: the text cannot be read, has another number of chunks, an order that no model
+            has, or multi-token prediction where Megatron-core cannot have it.
     """
+    num_chunks = pp * vpp
     plain = _GROUP.sub(_repeated, _LAYER.sub(_repeated, text.replace(",", "")))
     if wrong := re.search(r"[^EtmL|]", plain):
         raise FieldError(
@@ -61,6 +67,7 @@ def written_chunks(text: str, num_chunks: int) -> tuple[str, ...]:
                 f"{text!r} leaves chunk {index + 1} of {num_chunks} empty; give it a layer",
             )
     _check_order(text, chunks)
+    _check_predictions(text, chunks, pp)
     return chunks
 
 
@@ -100,11 +107,22 @@ def _check_order(text: str, chunks: tuple[str, ...]) -> None:
             "pipeline",
             f"{text!r} is not in the order of the model; write E first, then t, then m, and L last",
         )
-    if "m" in "".join(chunks[:-1]):
-        # HybridModel of Megatron-Core 0.19.2 takes the losses of multi-token prediction only where it
-        # is computed (models/hybrid/hybrid_model.py:554), and the loss is where L is.
+
+
+def _check_predictions(text: str, chunks: tuple[str, ...], pp: int) -> None:
+    """Check that multi-token prediction is whole, and no rank's second user of the embedding."""
+    places = [index for index, chunk in enumerate(chunks) if "m" in chunk]
+    if len(places) > 1:
         raise FieldError(
             "pipeline",
-            f"{text!r} has m on another chunk than L, which Megatron-core's HybridModel cannot do; "
-            "write m on the last chunk, such as '...|mL'",
+            f"{text!r} has m on {len(places)} chunks, and each is computed from the one before; "
+            "write them side by side",
+        )
+    if places and places[0] and places[0] % pp == 0:
+        # Megatron-Core 0.16.1 and 0.19.2 distributed/finalize_model_grads.py:233 adds up the gradients
+        # of one table of a rank, so the copy in the second chunk would go its own way.
+        raise FieldError(
+            "pipeline",
+            f"{text!r} has m on the rank that has E, in another chunk: two copies of the embedding; "
+            "write m with L, or give pp above 2",
         )

@@ -52,6 +52,8 @@ MODELS = {
     "dual": DUAL,
     # One table for both ends and multi-token prediction: the last rank has a copy that serves as both.
     "tied": replace(DUAL, tied_embeddings=True),
+    # Enough layers for chunks of two rounds.
+    "deep": replace(DUAL, num_layers=5),
 }
 ONE = "one"
 # Number of processes, data-parallel ranks, and what differs from one process.
@@ -64,6 +66,8 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2": (2, 1, {"pp": 2}),
     "pp2 vpp2": (2, 1, {"pp": 2, "vpp": 2}),
     "pp3 written": (3, 1, {"pp": 3, "pipeline": "E|ttt|mL"}),
+    "pp4 apart": (4, 1, {"pp": 4, "pipeline": "E|ttt|m|L"}),
+    "pp4 vpp2 apart": (4, 1, {"pp": 4, "vpp": 2, "pipeline": "E|t|t|t|t|t|m|L"}),
     "cp2 heads": (2, 1, {"cp": 2, "cp_scheme": "heads"}),
     "cp2 ring": (2, 1, {"cp": 2, "cp_scheme": "ring"}),
     "cp4 gather": (4, 1, {"cp": 4, "cp_scheme": "gather"}),
@@ -78,7 +82,8 @@ READ_BACK = {
     "grouped": ("pp2 vpp2", "cp2 ring", "dp2 tp2 ep2"),
     "softmax": ("cp4 gather", "dp2 pp2 ep2"),
     "dual": ("pp2",),
-    "tied": ("pp3 written",),
+    "tied": ("pp3 written", "pp4 apart"),
+    "deep": ("pp4 vpp2 apart",),
 }
 CASES = [(model, layout) for model, layouts in READ_BACK.items() for layout in (ONE, *layouts)]
 

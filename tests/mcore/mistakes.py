@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from megamoe.mcore import cpu
 
     cpu.enable()
-    from megamoe.mcore import compat, context, data, model, roll, router, spec, states
+    from megamoe.mcore import compat, context, data, groups, model, roll, router, spec, states
     from megamoe.mcore.engine import Engine
     from megamoe.mcore.layer import ReplicatedLinear
     from megamoe.nn import context_parallel
@@ -99,6 +99,15 @@ def chunks_of_a_pipeline_rank_swapped() -> Any:
 def table_of_both_ends_not_summed() -> Any:
     finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # a function hides it
     return mock.patch.object(finalize, "_allreduce_word_embedding_grads")
+
+
+def table_of_the_ends_alone() -> Any:
+    form = groups.parallel_state.initialize_model_parallel
+
+    def of_the_ends(*, get_embedding_ranks: Any, **options: Any) -> None:
+        form(**options)
+
+    return mock.patch.object(groups.parallel_state, "initialize_model_parallel", of_the_ends)
 
 
 def same_samples_on_all_ranks() -> Any:

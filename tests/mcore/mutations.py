@@ -90,6 +90,12 @@ MUTATIONS = {
         layout="pp2",
         plant=mistakes.table_of_both_ends_not_summed,
     ),
+    "table_between": Mutation(
+        what="gradients of the embedding summed over both ends, not where multi-token prediction is",
+        recipe="k_exaone_236b_a23b",
+        layout="pp3xEtt|ttm|L",
+        plant=mistakes.table_of_the_ends_alone,
+    ),
     "samples": Mutation(
         what="all data-parallel ranks read the samples of the first",
         recipe="vaetki_7b_a1b",

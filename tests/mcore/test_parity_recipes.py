@@ -32,7 +32,7 @@ SAME = {"vaetki_100b_a10b": "vaetki_20b_a2b"}
 FAST = {
     "vaetki_7b_a1b": "dp2,pp2,cp4xring,tp2xcp2xep2",
     "vaetki_20b_a2b": "tp2,cp2xep2",
-    "k_exaone_236b_a23b": "ep2xpp2,dp2xpp2xep2,cp2xring,pp3xE|ttt|tmL",
+    "k_exaone_236b_a23b": "ep2xpp2,dp2xpp2xep2,cp2xring,pp3xE|ttt|tmL,pp3xEtt|ttm|L",
     "keural_14b": "tp2xcp2,pp3xE|tttt|L,ep2xall_gather",
     "ax_k1_519b_a33b": "tp2xep2xetp2,pp2xvpp2xEt|t|tt|mL",
 }
@@ -41,15 +41,16 @@ FAST = {
 EIGHT = "tp2xpp2xcp2xep2"
 ALL = ",".join(layout for layout in DEFAULT.split(",") if layout != EIGHT) + f",{FIVE}"
 # Beyond it: ways to attend together, of which "auto" takes "gather" for so small a model, and to reach
-# experts, and what chunks of a pipeline hold: embedding and output layer alone, uneven layers, no
-# decoder layer.
+# experts, and what chunks of a pipeline hold: embedding, multi-token prediction and output layer alone,
+# uneven layers, no decoder layer.
 MORE = {
     "vaetki_7b_a1b": f"{EIGHT},cp2xring,tp2xcp2xheads,pp3xE|tttt|L,pp2xvpp2xEt|tt|t|L",
     "k_exaone_236b_a23b": f"{EIGHT},tp4,cp2xheads,cp2xring,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8,"
     "tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather,"
-    "pp3xEt|ttt|mL,pp2xvpp2xE|tt|tt|mL,tp2xpp2xcp2xE|ttttmL",
+    "pp3xEt|ttt|mL,pp2xvpp2xE|tt|tt|mL,tp2xpp2xcp2xE|ttttmL,"
+    "pp2xEttttm|L,pp4xE|tttt|m|L,tp2xpp3xcp2xEtt|ttm|L",
     "keural_14b": "pp3xEt|ttt|L,pp2xvpp2xE|tt|tt|L",
-    "ax_k1_519b_a33b": "cp4xring,pp3xE|tttt|mL,dp2xpp3xep2xE|ttt|tmL",
+    "ax_k1_519b_a33b": "cp4xring,pp3xE|tttt|mL,dp2xpp3xep2xE|ttt|tmL,dp2xpp3xep2xE|ttttm|L",
 }
 FULL = {
     name: f"{ALL},{MORE[name]}" if name in MORE else ALL
@@ -59,7 +60,7 @@ FULL = {
 # With documents apart: what ranks know of them must be the same on all axes.
 PACKED = {"k_exaone_236b_a23b": "pp2xcp2"}
 PACKED_FULL = {
-    "k_exaone_236b_a23b": "tp2,pp2xvpp2,cp4,cp2xheads,cp2xring",
+    "k_exaone_236b_a23b": "tp2,pp2xvpp2,cp4,cp2xheads,cp2xring,pp3xcp2xEtt|ttm|L",
     "vaetki_7b_a1b": "cp4,cp2xheads,tp2xpp2xcp2xep2",
     "ax_k1_519b_a33b": "tp2xcp2xep2",
     "keural_14b": "cp2",
@@ -67,7 +68,7 @@ PACKED_FULL = {
 IN_FLOAT64 = {
     "vaetki_7b_a1b": "ep4,cp4xring,cp2xheads,tp2xcp2xep2",
     "vaetki_20b_a2b": EIGHT,
-    "k_exaone_236b_a23b": "tp2,pp2xvpp2,tp2xcp2xep2,dp2xpp2xep2",
+    "k_exaone_236b_a23b": "tp2,pp2xvpp2,tp2xcp2xep2,dp2xpp2xep2,pp3xcp2xEtt|ttm|L",
     "keural_14b": "pp2,tp2xcp2",
     "ax_k1_519b_a33b": "cp2,tp2xep2xetp2",
 }

@@ -24,6 +24,7 @@ OWN = {"seconds", "memory_bytes"}  # of each process
         ("keural_14b", "pp2"),  # and one that is tied
         ("k_exaone_236b_a23b", "tp2xcp2xep2"),
         ("k_exaone_236b_a23b", "pp3xE|tttt|mL"),  # ranks without an expert
+        ("k_exaone_236b_a23b", "pp3xEttt|tm|L"),  # a table between the ends
     ],
 )
 def test_a_run_that_stopped_goes_on_bit_for_bit(recipe, layout, tmp_path):
@@ -39,8 +40,8 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(recipe, layout, tmp_path):
     [
         ("vaetki_7b_a1b", ("pp3xE|tttt|L", "pp2", "one", "pp2xvpp2xEt|tt|t|L")),
         ("keural_14b", ("pp3xE|tttt|L", "pp2", "one")),
-        ("k_exaone_236b_a23b", ("pp3xE|tttt|mL", "pp2", "one")),
-        ("k_exaone_236b_a23b", ("one", "pp3xE|tttt|mL")),
+        ("k_exaone_236b_a23b", ("pp3xE|tttt|mL", "pp3xEttt|tm|L", "pp2", "one")),
+        ("k_exaone_236b_a23b", ("one", "pp3xE|tttt|mL", "pp4xE|tttt|m|L")),
     ],
 )
 def test_a_checkpoint_of_one_pipeline_is_loaded_by_another_bit_for_bit(recipe, layouts, tmp_path):

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamoe.errors import RecipeError
+from megamoe.recipe import Mtp
 from megamoe.recipe.check import FieldError
 from megamoe.recipe.pipeline import even_chunks, written_chunks
 from tests.unit.test_plan_build import GENERAL, RECIPE
 from tests.unit.test_plan_layout import ONES
+
+WITH_MTP = replace(RECIPE.model, mtp=Mtp(num_layers=1, ffn="dense"), tied_embeddings=False)
 
 
 @pytest.mark.parametrize(
@@ -23,11 +26,13 @@ from tests.unit.test_plan_layout import ONES
         ("Et*3|(tt|)*29,t,m*2,L", ["Ettt", *["tt"] * 29, "tmmL"]),
         ("E(t|)*2(t*2|)*2t*10L", ["Et", "t", "tt", "tt", "ttttttttttL"]),
         ("E,t,|,L", ["Et", "L"]),
+        ("Ettmm|L", ["Ettmm", "L"]),
+        ("E|t*2|m|L", ["E", "tt", "m", "L"]),
     ],
 )
 def test_a_pipeline_is_read_as_megatron_core_reads_it(text, chunks):
     """What Megatron-core's own reader makes of it: tests/mcore/test_pipeline.py."""
-    assert written_chunks(text, len(chunks)) == tuple(chunks)
+    assert written_chunks(text, len(chunks), 1) == tuple(chunks)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +60,8 @@ def test_a_pipeline_is_read_as_megatron_core_reads_it(text, chunks):
         ("Et|EtL", "'Et|EtL' has 2 E, the embedding; write it once"),
         ("Et|tt", "'Et|tt' has 0 L, the output layer; write it once"),
         (
-            "Ettm|L",
-            "'Ettm|L' has m on another chunk than L, which Megatron-core's HybridModel cannot do; ",
+            "Ettm|mL",
+            "'Ettm|mL' has m on 2 chunks, and each is computed from the one before; write them side",
         ),
     ],
 )
@@ -65,6 +70,24 @@ def test_a_pipeline_that_cannot_be_is_refused(text, problem):
         replace(ONES, pp=2, pipeline=text)
     assert caught.value.field == "pipeline"
     assert "\n" not in str(caught.value)
+
+
+def test_a_rank_has_no_second_copy_of_the_embedding():
+    """It would with two ranks of two chunks; three, or one chunk with both, have one each."""
+    with pytest.raises(
+        FieldError, match=re.escape("has m on the rank that has E, in another chunk")
+    ):
+        replace(ONES, pp=2, vpp=2, pipeline="Et|t|tm|L")
+    for pp, vpp, text, ranks in (
+        (3, 2, "Et|t|t|t|m|L", (0, 1)),
+        (2, 1, "Ettttm|L", (0,)),
+        (3, 1, "Ett|tt|mL", (0, 2)),
+        (2, 2, "Et|tt|t|mL", (0, 1)),
+    ):
+        layout = replace(ONES, pp=pp, vpp=vpp, pipeline=text)
+        assert layout.ranks_with_table(WITH_MTP) == ranks
+        both_ends = tuple(sorted({*ranks, pp - 1}))
+        assert layout.ranks_with_table(replace(WITH_MTP, tied_embeddings=True)) == both_ends
 
 
 @pytest.mark.parametrize(
@@ -91,7 +114,7 @@ def test_layers_dealt_evenly_are_all_there_and_the_last_chunk_has_no_more(
         return
     whole = "E" + "t" * layers + "m" * predictions + "L"
     assert "".join(chunks) == whole
-    assert written_chunks("|".join(chunks), count) == chunks
+    assert written_chunks("|".join(chunks), count, 1) == chunks
     numbers = [chunk.count("t") for chunk in chunks]
     assert len(set(numbers[:-1])) <= 1
     assert 1 <= numbers[-1] <= numbers[0]
