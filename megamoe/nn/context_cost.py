@@ -134,8 +134,8 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
     Attention is computed 3.5 times, the scores of its backward pass anew, and projections three
     times, in a ring four. A document is taken to be the whole sequence, as far as attention goes.
     Messages of a ring are hidden by its attention as far as that takes; those of the others by
-    nothing, though a caller may hide some behind its query projections. A ring has no kernel for a
-    window (megamoe/nn/context_ring.py), and none where none passed its trial.
+    nothing, though a caller may hide some behind its query projections. A ring has no kernel
+    where none passed its trial.
     """
     wire = wire_bytes(layer, scheme, extent)
     attention, projection = _attention_flops(layer, scheme, extent), 0.0
@@ -177,7 +177,8 @@ def choose(layer: AttentionLayer, extent: Extent, machine: Machine) -> tuple[Cos
         for scheme in schemes(layer, extent.cp)
     ]
     seconds = {cost.scheme: cost.seconds for cost in worst}
-    if Scheme.HEADS in seconds and seconds[Scheme.RING] > (1 - _CLEAR_GAIN) * seconds[Scheme.HEADS]:
+    both = seconds.keys() >= {Scheme.HEADS, Scheme.RING}
+    if both and seconds[Scheme.RING] > (1 - _CLEAR_GAIN) * seconds[Scheme.HEADS]:
         seconds[Scheme.RING] = max(seconds[Scheme.RING], seconds[Scheme.HEADS])
     return tuple(sorted(worst, key=lambda cost: seconds[cost.scheme]))  # as listed where they tie
 
@@ -205,8 +206,6 @@ def _described(cost: Cost) -> str:
 
 def _writes_scores(layer: AttentionLayer, extent: Extent, machine: Machine) -> bool:
     """Tell whether a ring has no kernel for the layer."""
-    if layer.window is not None:
-        return True
     if machine.device is None:
         return False
     case = StepCase(

@@ -15,7 +15,8 @@ Schemes:
             projects what it received itself and runs one attention.
     heads   all rows, or those of a rank's key-value heads, come to every rank, which attends for
             its heads; queries and outputs change places. Nothing is computed twice.
-    ring    rows go around, in zig-zag order (megamoe/nn/context_ring.py). For any number of heads.
+    ring    layers without a window. Rows go around, in zig-zag order (megamoe/nn/context_ring.py). For
+            any number of heads.
     gather  all rows come to every rank, which attends for its own queries. For any number of heads,
             simple, and the last rank does nearly twice the mean.
 
@@ -70,9 +71,10 @@ class Begun:
 
 def schemes(layer: AttentionLayer, cp: int) -> tuple[Scheme, ...]:
     """Return the schemes that a layer can be computed by."""
-    halo = (Scheme.HALO,) if layer.window is not None else ()
     heads = (Scheme.HEADS,) if can_share_heads(layer.heads, cp) else ()
-    return (*halo, *heads, Scheme.RING, Scheme.GATHER)
+    if layer.window is not None:
+        return (Scheme.HALO, *heads, Scheme.GATHER)
+    return (*heads, Scheme.RING, Scheme.GATHER)
 
 
 def begin(
@@ -188,9 +190,7 @@ def _finish_ring(
     queries = Posted(cp, ToZigzag(), q_LBND)
     rows = begun.posted.wait()
     chunks = Chunks(cp=cp.size, shard_len=len(q_LBND))
-    kernel = None
-    if begun.layer.window is None:
-        kernel = context_ring_kernels.choose(_step_of(begun, q_LBND, starts_SB))
+    kernel = context_ring_kernels.choose(_step_of(begun, q_LBND, starts_SB))
     ring = Ring(cp, begun.layer, chunks, starts_SB, kernel)
     mixed = ring_attention(ring, queries.wait(), rows, up_weight)
     return Posted(cp, FromZigzag(), mixed).wait()
@@ -233,6 +233,10 @@ def _refusal(layer: AttentionLayer, scheme: Scheme, cp: int) -> str:
     others = ", ".join(other.value for other in schemes(layer, cp))
     if scheme is Scheme.HALO:
         return f"a halo is for layers with a window, and this one has none; use {others}"
+    if scheme is Scheme.RING:
+        return (
+            f"a ring is for layers without a window, and this one's is {layer.window}; use {others}"
+        )
     heads = layer.heads
     kv = "" if isinstance(heads, LatentHeads) else f" and {heads.num_kv_heads} key-value heads"
     return f"{heads.num_heads} heads{kv} cannot be shared out over cp {cp}; use {others}"

@@ -7,8 +7,8 @@ the projection of the whole sequence on every rank. The backward pass sends the 
 and with them the sum of their gradients so far, in float32.
 
 A step sees all of a chunk, or all up to the query, which kernels do (megamoe/nn/context_ring_kernels.py).
-Documents cut it into such steps (megamoe/nn/context_ring_parts.py). With a window, or where no kernel is,
-scores of two chunks are written out here.
+Documents cut it into such steps (megamoe/nn/context_ring_parts.py). Where no kernel is, scores of two chunks
+are written out here. Layers have no window: a halo sends less.
 
 Shapes: L tokens of a rank, Q and K those of a chunk of queries and of keys, B batch, N heads,
 D query and key head dimension, V value head dimension, F features of a token's row.
@@ -39,7 +39,7 @@ class Ring:
     layer: AttentionLayer
     chunks: Chunks
     starts: Tensor | None  # [S, B] of the whole sequence: where the document of each token begins
-    kernel: StepKernel | None  # None: scores are written out, as a window wants it
+    kernel: StepKernel | None  # None: scores are written out
 
     def steps(self) -> Iterator[tuple[int, bool]]:
         """Yield whose rows are here, and whether others follow."""
@@ -53,11 +53,7 @@ class Ring:
             seen_by = [
                 i
                 for i, (query_chunk, rows) in enumerate(queries)
-                if query_chunk >= key_chunk
-                and rows
-                and keys
-                and self._is_near(rows, keys)
-                and self.parts((owner, i, j))
+                if query_chunk >= key_chunk and rows and keys and self.parts((owner, i, j))
             ]
             if seen_by:
                 yield j, seen_by
@@ -75,20 +71,18 @@ class Ring:
             key=part.of_keys(k),
             value=part.of_keys(v),
             is_causal=part.is_causal,
+            is_cut=self.starts is not None,
             scale=self.layer.scale,
         )
 
     def mask(self, pair: Pair, device: torch.device) -> Tensor | None:
         """Return [B or 1, 1, Q, K], which keys of a chunk each query sees; None: all."""
         (query_chunk, queries), (key_chunk, keys) = self._pair(pair)
-        window = self.layer.window
-        if query_chunk != key_chunk and window is None and self.starts is None:
+        if query_chunk != key_chunk and self.starts is None:
             return None
         key_positions = torch.arange(keys.start, keys.stop, device=device)
         positions = torch.arange(queries.start, queries.stop, device=device)[None, :, None]
         sees = key_positions <= positions
-        if window is not None:
-            sees &= key_positions > positions - window
         if self.starts is not None:
             starts_BQ = self.starts[queries.start : queries.stop].T
             sees = sees & (key_positions >= starts_BQ[:, :, None])
@@ -110,11 +104,6 @@ class Ring:
     def _chunks(self, rank: int) -> list[tuple[int, range]]:
         held = self.chunks.held_by(rank, zigzag=True)
         return [(chunk, self.chunks.rows(chunk)) for chunk in held]
-
-    def _is_near(self, queries: range, keys: range) -> bool:
-        """Tell whether the first query sees the last key."""
-        window = self.layer.window
-        return window is None or queries.start - keys.stop < window - 1
 
 
 def ring_attention(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megamoe.nn.attention_packages import widened
 from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors, narrowed
@@ -72,59 +73,79 @@ def _flash_attn_2_options(step: Step) -> dict[str, Any]:
 
 def _transformer_engine(step: Step) -> Result:
     fused = import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
-    rows = [_sequence_first(x) for x in step.tensors]
+    rows = [_with_room(x, step) for x in step.tensors]
     output, (log_sum, *_) = fused.fused_attn_fwd(
         *(True, *_lengths(step), *rows, step.query.dtype),
         fused.FusedAttnBackend["F16_arbitrary_seqlen"],
         **_transformer_engine_options(step),
     )
-    return output.permute(1, 2, 0, 3), log_sum.squeeze(-1)
+    num_queries = step.query.shape[2]
+    return output[:num_queries].permute(1, 2, 0, 3), log_sum[:, :, :num_queries, 0]
 
 
 def _transformer_engine_gradients(step: Step, grad: Tensor, result: Result) -> Tensors:
     fused = import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
-    rows = [_sequence_first(x) for x in (*step.tensors, result[0], grad)]
+    rows = [_with_room(x, step) for x in (*step.tensors, result[0], grad)]
     options = _transformer_engine_options(step)
     if "dqkv_dtype" in signature(fused.fused_attn_bwd).parameters:  # before 2.15
         dtypes = import_module("transformer_engine.pytorch.constants").TE_DType
         options["dqkv_dtype"] = dtypes[step.query.dtype]
     else:
         options["dqkv_layout"] = options["qkv_layout"]
+    num_queries = step.query.shape[2]
+    log_sum = pad(result[1], (0, _room(num_queries, step) - num_queries))
     no_dropout = torch.zeros(2, dtype=torch.int64, device=grad.device)  # state of random numbers
     grads = fused.fused_attn_bwd(
         *(*_lengths(step), *rows),
         fake_dtype=step.query.dtype,
-        aux_ctx_tensors=[result[1][..., None], no_dropout],
+        aux_ctx_tensors=[log_sum[..., None], no_dropout],
         fused_attention_backend=fused.FusedAttnBackend["F16_arbitrary_seqlen"],
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
     )
-    grad_q, grad_k, grad_v = (x.permute(1, 2, 0, 3) for x in grads[:3])
+    grad_q, grad_k, grad_v = (
+        found[: x.shape[2]].permute(1, 2, 0, 3)
+        for found, x in zip(grads[:3], step.tensors, strict=True)
+    )
     return grad_q, grad_k, grad_v
 
 
 def _transformer_engine_options(step: Step) -> dict[str, Any]:
+    mask = "causal" if step.is_causal else "no_mask"
+    if step.is_cut:
+        mask = "padding_causal" if step.is_causal else "padding"
     return {
         "attn_scale": step.scale,
         "qkv_layout": "sbhd_sbhd_sbhd",
-        "attn_mask_type": "causal" if step.is_causal else "no_mask",
+        "attn_mask_type": mask,
+        "window_size": (-1, 0 if step.is_causal else -1),
     }
 
 
 def _lengths(step: Step) -> tuple[int, int, Tensor, Tensor]:
-    """Return those of queries and keys, and where each of the batch begins."""
-    batch, _, num_queries, _ = step.query.shape
-    num_keys = step.key.shape[2]
+    """Return the room of queries and of keys, and where those of each of the batch begin if they fill it."""
+    batch = step.query.shape[0]
+    num_queries, num_keys = step.query.shape[2], step.key.shape[2]
     begins_q, begins_k = (
         torch.arange(batch + 1, dtype=torch.int32, device=step.query.device) * length
         for length in (num_queries, num_keys)
     )
-    return num_queries, num_keys, begins_q, begins_k
+    return _room(num_queries, step), _room(num_keys, step), begins_q, begins_k
 
 
-def _sequence_first(x_BNSD: Tensor) -> Tensor:
-    """Return [S, B, N, D], in this order in memory, too."""
-    return x_BNSD.permute(2, 0, 1, 3).contiguous()
+def _room(length: int, step: Step) -> int:
+    """Return a length of which there are few: cuDNN makes a plan for each, and keeps it.
+
+    What documents cut is of any length, so it gets a power of two, and the mask says how much is filled.
+    """
+    return 2 ** (length - 1).bit_length() if step.is_cut else length
+
+
+def _with_room(x_BNSD: Tensor, step: Step) -> Tensor:
+    """Return [S, B, N, D], in this order in memory, too, with zeros after the rows of each of the batch."""
+    length = x_BNSD.shape[2]
+    rows = x_BNSD.permute(2, 0, 1, 3)
+    return pad(rows, (0, 0) * 3 + (0, _room(length, step) - length)).contiguous()
 
 
 def _like(*tensors: Tensor) -> Tensors:

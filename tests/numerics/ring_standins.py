@@ -78,6 +78,13 @@ def flash_gradients(given, causal) -> None:
         tensor.copy_(value)
 
 
+def with_room(x, dim, room) -> Tensor:
+    """Return a tensor with NaN after its rows."""
+    shape = list(x.shape)
+    shape[dim] = room - shape[dim]
+    return torch.cat((x, x.new_full(shape, torch.nan)), dim=dim)
+
+
 class FlashAttn2(ModuleType):
     """`flash_attn.flash_attn_interface`."""
 
@@ -169,6 +176,7 @@ class FusedAttn(ModuleType):
         super().__init__("transformer_engine.pytorch.cpp_extensions.fused_attn")
         self.FusedAttnBackend = {"F16_arbitrary_seqlen": "cuDNN"}
         self.deterministic: list[bool] = []
+        self.lengths: set[int] = set()  # for each of which cuDNN has a plan
         optional = "attn_scale qkv_layout attn_mask_type window_size"
         required, layouts = self.of_gradients
 
@@ -176,9 +184,10 @@ class FusedAttn(ModuleType):
         def forward(given):
             assert given["is_training"]
             q, k, v = self.rows(given, "q", "k", "v")
-            output, log_sum = attend(q, k, v, given, given["attn_mask_type"] == "causal")
+            output, log_sum = attend(q, k, v, given, self.is_causal(given))
             state = torch.zeros(2, dtype=torch.int64)
-            return output.transpose(0, 1), [log_sum[..., None], state]
+            log_sum = with_room(log_sum, 2, given["max_seqlen_q"])
+            return self.returned(given, output, "q"), [log_sum[..., None], state]
 
         @takes(
             f"{LENGTHS} q k v o d_o {required} aux_ctx_tensors fused_attention_backend",
@@ -190,9 +199,11 @@ class FusedAttn(ModuleType):
             stats, state = given["aux_ctx_tensors"]
             assert state.dtype is torch.int64
             rows = self.rows(given, "d_o", "q", "k", "v", "o")
-            tensors = (*rows, stats.squeeze(-1))
-            found = gradients(tensors, given, given["attn_mask_type"] == "causal")
-            return *(x.transpose(0, 1) for x in found), None, None
+            assert stats.shape[2:] == (given["max_seqlen_q"], 1)
+            log_sum = stats[:, :, : self.filled(given, "q"), 0].contiguous()
+            found = gradients((*rows, log_sum), given, self.is_causal(given))
+            of = zip(found, ("q", "kv", "kv"), strict=True)
+            return *(self.returned(given, x, length) for x, length in of), None, None
 
         self.fused_attn_fwd, self.fused_attn_bwd = forward, backward
 
@@ -200,21 +211,42 @@ class FusedAttn(ModuleType):
         assert given["dqkv_layout"] == given["qkv_layout"]
         assert "o_format" not in given, "sequence first by default"
 
+    def is_causal(self, given) -> bool:
+        mask = given["attn_mask_type"]
+        assert mask in {"causal", "no_mask", "padding_causal", "padding"}
+        is_causal = mask.endswith("causal")
+        assert given["window_size"] == WINDOWS[is_causal]
+        return is_causal
+
+    def filled(self, given, of) -> int:
+        """Return how many rows of each of the batch there are; without "padding" all."""
+        ends, room = given[f"cu_seqlens_{of}"], given[f"max_seqlen_{of}"]
+        assert ends.dtype is torch.int32
+        length = int(ends[1])
+        assert ends.tolist() == [i * length for i in range(len(ends))]
+        if not given["attn_mask_type"].startswith("padding"):
+            assert length == room
+        self.lengths.add(room)
+        return length
+
     def rows(self, given, *names) -> list[Tensor]:
-        """Return tensors with the batch first."""
+        """Return the rows of tensors that there are, with the batch first."""
         tensors = [given[name] for name in names]
         assert {x.dtype for x in tensors} == {given["fake_dtype"]}
         assert all(x.is_contiguous() for x in tensors), "strides are taken from the layout"
-        for name, of in (("q", "q"), ("k", "kv")):
-            length, batch = given[name].shape[:2]
-            ends = given[f"cu_seqlens_{of}"]
-            assert ends.dtype is torch.int32
-            assert ends.tolist() == [i * length for i in range(batch + 1)]
-            assert given[f"max_seqlen_{of}"] == length
         assert given["fused_attention_backend"] == "cuDNN"
         assert given["qkv_layout"] == "sbhd_sbhd_sbhd"
-        assert given["attn_mask_type"] in {"causal", "no_mask"}
-        return [x.transpose(0, 1) for x in tensors]
+        found = []
+        for name, x in zip(names, tensors, strict=True):
+            of = "kv" if name in "kv" else "q"
+            assert len(x) == given[f"max_seqlen_{of}"]
+            assert x.shape[1] + 1 == len(given[f"cu_seqlens_{of}"])
+            found.append(x[: self.filled(given, of)].transpose(0, 1))
+        return found
+
+    def returned(self, given, x, of) -> Tensor:
+        """Return sequence first and the rest of the room, which is not written."""
+        return with_room(x, 1, given[f"max_seqlen_{of}"]).transpose(0, 1)
 
 
 class FusedAttnBefore215(FusedAttn):

@@ -9,13 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megamoe.nn.context_ring_kernels import (
-    FOR_FEW_SHAPES,
-    KERNELS,
-    StepCase,
-    choose,
-    is_right,
-)
+from megamoe.nn.context_ring_kernels import KERNELS, StepCase, choose, is_right
 from megamoe.nn.context_ring_step import Step, StepKernel, merge_into
 from tests.numerics import attention_standins, ring_standins, torch_flash
 
@@ -70,18 +64,16 @@ def installed(monkeypatch):
 def test_a_package_that_is_installed_is_used(installed, name, widths, has_documents):
     installed(name)
     case = replace(CASE, key_dim=widths[0], value_dim=widths[1], has_documents=has_documents)
-    kernel = name.split(" ")[0]
-    expected = KERNELS[kernel]
-    if has_documents and kernel in FOR_FEW_SHAPES:
-        expected = CPU
-    assert choose(case) is expected
-    assert not is_right(KERNELS[kernel], replace(case, dtype=torch.float32))
+    kernel = KERNELS[name.split(" ")[0]]
+    assert choose(case) is kernel
+    assert not is_right(kernel, replace(case, dtype=torch.float32))
     installed()
     assert choose(case) is CPU
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("name", ring_standins.PACKAGES)
-def test_steps_of_a_package_are_attention_with_all_scores(installed, name, generator):
+def test_steps_of_a_package_are_attention_with_all_scores(installed, name, is_cut, generator):
     """Two steps of a batch, one with fewer keys than queries; gradients of each by the merged result."""
     installed(name)
     kernel = KERNELS[name.split(" ")[0]]
@@ -94,7 +86,14 @@ def test_steps_of_a_package_are_attention_with_all_scores(installed, name, gener
     )
     q, k, v = leaves
     steps = [
-        Step(query=q, key=k[:, :, keys], value=v[:, :, keys], is_causal=is_causal, scale=0.1)
+        Step(
+            query=q,
+            key=k[:, :, keys],
+            value=v[:, :, keys],
+            is_causal=is_causal,
+            is_cut=is_cut,
+            scale=0.1,
+        )
         for keys, is_causal in ((slice(num_earlier), False), (slice(num_earlier, None), True))
     ]
     (earlier, log_sum), own = (kernel.forward(step) for step in steps)
@@ -113,6 +112,26 @@ def test_steps_of_a_package_are_attention_with_all_scores(installed, name, gener
         assert mine.shape == value.shape
         # Some 20 roundings of bfloat16, 2^-9 each, on the way to a gradient, as in attention_gpu.py.
         assert (mine.double() - value).norm() <= 20 * 2.0**-9 * value.norm()
+
+
+@pytest.mark.parametrize("name", ["transformer_engine 2.14", "transformer_engine 2.18"])
+def test_documents_of_any_length_take_few_plans_of_cudnn(installed, name, generator):
+    standin = installed(name)
+    kernel = KERNELS["transformer_engine"]
+    for num_queries, num_keys in [(1, 1), (3, 90), (100, 7), *((i, i) for i in range(60, 80))]:
+        q, k, value = (
+            torch.randn(1, 2, length, width, generator=generator).bfloat16()
+            for length, width in ((num_queries, 192), (num_keys, 192), (1, 128))
+        )
+        is_causal = num_queries == num_keys
+        v = value.expand(-1, -1, num_keys, -1)
+        step = Step(query=q, key=k, value=v, is_causal=is_causal, is_cut=True, scale=0.1)
+        output, log_sum = kernel.forward(step)
+        assert (output - value).abs().max() <= 2.0**-7 * value.abs().max()  # weights sum to 1
+        assert [x.shape for x in kernel.backward(step, output, (output, log_sum))] == [
+            x.shape for x in step.tensors
+        ]
+    assert standin.lengths == {1, 4, 8, 64, 128}
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
