@@ -189,7 +189,7 @@ def _patch_split_sizes() -> None:
     torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]
 
 
-def _patch_uneven_shares() -> None:
+def share_unevenly() -> None:
     """Gather and scatter shares of different lengths: NCCL does, gloo only equal ones."""
     distributed: Any = torch.distributed
     gather, scatter = distributed.all_gather, distributed.reduce_scatter
@@ -277,7 +277,7 @@ PATCHES = (
     Patch(
         "uneven_shares",
         "tensor_parallel/mappings.py: torch.distributed.all_gather(output_tensor_list, input_",
-        _patch_uneven_shares,
+        share_unevenly,
     ),
 )
 _ENABLED: list[bool] = []

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megamoe.errors import LaunchError, PlanError
 from megamoe.parity.layouts import DEFAULT, Grid, one_process, parse_layouts
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 BOUNDS = {"float32": 2e-5, "float64": 1e-10}  # of an error of rounding: docs/parallelism.md
 _TEXTS = ("one", "two")
-_EPILOG = f"""Two steps of each recipe at its smallest scale, on processes of this machine.
+_EPILOG = f"""Two steps of each recipe at its smallest scale, on processes of this machine. Where there
+is a GPU all of them share it; CUDA_VISIBLE_DEVICES='' compares on the processor.
 Ends with 1 when a difference exceeds the bound.
 
 layouts: {DEFAULT}
@@ -73,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
     """Plan everything, train, compare, print; 1 when a layout differs."""
     grids = (one_process(MICRO_BATCH), *parse_layouts(args.layouts, MICRO_BATCH))
     recipes = [small_recipe(name, document_mask=args.document_mask) for name in args.recipes]
-    planned = [[(grid, plan_of(recipe, grid, args.seed)) for grid in grids] for recipe in recipes]
+    device = _device()
+    planned = [
+        [(grid, plan_of(recipe, grid, args.seed, device)) for grid in grids] for recipe in recipes
+    ]
     if args.json is not None:
         _check_writable(args.json)
     bound = BOUNDS[args.dtype] if args.bound is None else args.bound
@@ -83,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         from megamoe.mcore import double
 
         double.enable()
+    if device == "cuda":
+        _say(f"on {planned[0][0][1].cluster.device_name}, which all processes share")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="megamoe-parity-") as folder:
         for index, plans in enumerate(planned):
@@ -107,6 +113,12 @@ def table(rows: Sequence[Row]) -> str:
         lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
     lines += _notes(rows)
     return "\n".join(lines) + "\n\n"
+
+
+def _device() -> Literal["cpu", "cuda"]:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_writable(file: Path) -> None:

@@ -18,7 +18,7 @@ def unequal_copies(chunks: Iterable[Any]) -> list[str]:
     """
     mine = {
         (part.key, tuple(part.global_offset)): hashlib.sha256(
-            part.data.detach().contiguous().view(torch.uint8).numpy()
+            part.data.detach().cpu().contiguous().view(torch.uint8).numpy()
         ).hexdigest()
         for chunk in chunks
         for part in sharded_tensors(unwrap(chunk).sharded_state_dict(metadata=groups.sharding()))

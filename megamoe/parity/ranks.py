@@ -1,13 +1,15 @@
-"""Trains one plan on forks of this process, one a rank, over gloo."""
+"""Trains one plan on processes of this machine, one a rank, over gloo; on a GPU all share it."""
 
 import gc
 import json
+import multiprocessing
 import os
-import signal
 import traceback
 import warnings
 from dataclasses import asdict
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ with warnings.catch_warnings():
     from megamoe.parity.copies import unequal_copies
 
 from megamoe.errors import LaunchError
+from megamoe.parity import one_gpu
 from megamoe.plan.plan import Plan
 
 _TIMEOUT = timedelta(seconds=300)  # of a collective whose other ranks have died
@@ -33,7 +36,7 @@ _RESULTS, _ERROR, _LOG, _STORE = "results.json", "error.txt", "log.txt", "store"
 def train(plan: Plan, run_dir: Path, *, stop_after: int | None = None) -> list[dict[str, Any]]:
     """Train the plan's steps, a checkpoint after each; return what each step measured.
 
-    Megatron-core is imported once: each rank is a fork.
+    On a processor each rank is a fork, for which Megatron-core is imported once. A fork cannot use a GPU.
 
     Args:
         plan: of one segment.
@@ -41,42 +44,48 @@ def train(plan: Plan, run_dir: Path, *, stop_after: int | None = None) -> list[d
         stop_after: stop after so many steps; None: at the end.
 
     Raises:
-        LaunchError: a rank failed; the others have been ended. Or there is a GPU.
+        LaunchError: a rank failed; the others have been ended.
     """
-    if not cpu.is_needed():  # then Megatron-core has not been told to do without
-        raise LaunchError(
-            "megamoe parity compares on the processor, and here is a GPU; give CUDA_VISIBLE_DEVICES=''"
-        )
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / _STORE).unlink(missing_ok=True)  # of an earlier call
-    torch.set_num_threads(1)  # ranks share the cores, and a fork has no threads but its own
     gc.freeze()  # what imports have made is no garbage; looking for it takes a rank seconds
-    running = {
-        _fork(plan, run_dir, rank, stop_after) for rank in range(plan.segments[0].world_size)
-    }
+    running = [
+        _process(plan, run_dir, rank, stop_after) for rank in range(plan.segments[0].world_size)
+    ]
+    for process in running:
+        process.start()
     try:
         while running:
-            child, status = os.wait()
-            running.discard(child)
-            if status:
-                raise LaunchError(_problem(run_dir, status))
+            wait([process.sentinel for process in running])
+            for process in [each for each in running if each.exitcode is not None]:
+                running.remove(process)
+                if process.exitcode:
+                    raise LaunchError(_problem(run_dir, process.exitcode))
     finally:
-        for child in running:
-            os.kill(child, signal.SIGKILL)
-        for child in running:
-            os.waitpid(child, 0)
+        for process in running:
+            process.kill()
+        for process in running:
+            process.join()
     results: list[dict[str, Any]] = json.loads((run_dir / _RESULTS).read_text(encoding="utf-8"))
     return results
 
 
-def _fork(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> int:
-    child = os.fork()
-    if child:
-        return child
+def _process(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> BaseProcess:
+    work = (plan, run_dir, rank, stop_after)
+    if plan.cluster.device == "cpu":
+        return multiprocessing.get_context("fork").Process(target=be_rank, args=(*work, "gloo"))
+    is_double = torch.float32 is torch.float64
+    return multiprocessing.get_context("spawn").Process(
+        target=one_gpu.be_rank, args=work, kwargs={"is_double": is_double}
+    )
+
+
+def be_rank(plan: Plan, run_dir: Path, rank: int, stop_after: int | None, backend: str) -> None:
+    """Train as one rank, and end this process; what it prints, and why it failed, is left in files."""
     status = 1
     try:
         _redirect(run_dir / _LOG)
-        _be_rank(plan, run_dir, rank, stop_after)
+        _train(plan, run_dir, rank, stop_after, backend)
         status = 0
     except BaseException:
         # The first to fail is the cause of what the others then meet.
@@ -84,7 +93,7 @@ def _fork(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> int:
             text = f"rank {rank}: {traceback.format_exc()}"
             (run_dir / _ERROR).write_text(text, encoding="utf-8")
     finally:
-        os._exit(status)
+        os._exit(status)  # groups are left to it: gloo takes seconds to end them one by one
 
 
 def _redirect(log: Path) -> None:
@@ -93,12 +102,13 @@ def _redirect(log: Path) -> None:
     os.dup2(file, 2)
 
 
-def _be_rank(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> None:
+def _train(plan: Plan, run_dir: Path, rank: int, stop_after: int | None, backend: str) -> None:
     segment = plan.segments[0]
+    torch.set_num_threads(1)  # ranks share the cores, and a fork has no threads but its own
     # Megatron-Core 0.16.1 jit.py compiles small functions: a third of the time of so short a run.
     torch.compiler.set_stance("force_eager")
     torch.distributed.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{run_dir / _STORE}",
         rank=rank,
         world_size=segment.world_size,
@@ -114,11 +124,10 @@ def _be_rank(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> No
     if rank == 0:
         (run_dir / _RESULTS).write_text(json.dumps(results), encoding="utf-8")
     torch.distributed.barrier()
-    # Groups are left to the end of the process: gloo takes seconds to end them one by one.
 
 
-def _problem(run_dir: Path, status: int) -> str:
+def _problem(run_dir: Path, exitcode: int) -> str:
     if not (run_dir / _ERROR).exists():
-        return f"a rank was ended by signal {os.WTERMSIG(status)}"
+        return f"a rank was ended by signal {-exitcode}"
     lines = (run_dir / _ERROR).read_text(encoding="utf-8").splitlines()
     return f"{lines[0].split(':')[0]}: {lines[-1]}"

@@ -7,6 +7,7 @@ recipe has them; every balancing loss is on; the batch doubles between the two s
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from data_prep.shards import ShardWriter
 from megamoe.errors import PlanError
@@ -65,7 +66,7 @@ def small_recipe(name: str, *, document_mask: bool = False) -> Recipe:
     )
 
 
-def plan_of(recipe: Recipe, grid: Grid, seed: int) -> Plan:
+def plan_of(recipe: Recipe, grid: Grid, seed: int, device: Literal["cpu", "cuda"] = "cpu") -> Plan:
     """Return the plan of one layout, without data.
 
     Raises:
@@ -74,7 +75,7 @@ def plan_of(recipe: Recipe, grid: Grid, seed: int) -> Plan:
     try:
         stage = replace(recipe.stages[0], layout=grid.layout)
         placed = replace(recipe, stages=(stage,))
-        cluster = local_cluster(grid.world_size, "cpu")
+        cluster = local_cluster(grid.world_size, device)
         plan = build_plan(placed, cluster, Options(seed=seed, keep_checkpoints=NUM_STEPS))
         check_trainable(plan)
     except (FieldError, PlanError) as error:

@@ -1,31 +1,72 @@
-"""What `megamoe parity` says when its processes cannot be started, or fail."""
+"""The processes of `megamoe parity`: on a GPU, and what is said when they fail."""
 
-import re
+import json
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
 from megamoe import __main__ as command
-from megamoe.errors import LaunchError
 from megamoe.parity import ranks
-from megamoe.parity.layouts import one_process
-from megamoe.parity.small import MICRO_BATCH, plan_of, small_recipe
+from megamoe.parity.layouts import parse_layouts
+from megamoe.parity.small import MICRO_BATCH, plan_of, small_recipe, with_text, write_text
+
+OWN = {"seconds", "memory_bytes"}  # of each process
 
 
-def test_a_machine_with_a_gpu_is_told_how_to_hide_it(tmp_path, monkeypatch):
-    plan = plan_of(small_recipe("keural_14b"), one_process(MICRO_BATCH), seed=0)
-    monkeypatch.setattr(ranks.cpu, "is_needed", lambda: False)
-    with pytest.raises(LaunchError, match=re.escape("give CUDA_VISIBLE_DEVICES=''")):
-        ranks.train(plan, tmp_path / "run")
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2xep2xetp2xall_gather", "cp2xring", "pp3xEtt|ttm|L"])
+def test_ranks_that_share_a_gpu_get_the_numbers_of_ranks_over_gloo(tmp_path, layout):
+    """There is none here: processes of their own, and every message through copies, to the bit."""
+    recipe = small_recipe("k_exaone_236b_a23b")
+    shard = write_text(tmp_path / "text", "one", seed=1)
+    [grid] = parse_layouts(layout, MICRO_BATCH)
+    plan = with_text(plan_of(recipe, grid, seed=1), tmp_path / "text", (shard,))
+    shared = replace(plan, cluster=replace(plan.cluster, device="cuda"))
+    ours = ranks.train(shared, tmp_path / "shared")
+    theirs = ranks.train(plan, tmp_path / "gloo")
+    assert len(ours) == len(theirs) == 2
+    for step, expected in zip(ours, theirs, strict=True):
+        assert step["unequal_copies"] == []
+        for name in expected.keys() - OWN:
+            assert step[name] == expected[name], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("recipe", "layouts"),
+    [
+        ("vaetki_7b_a1b", "dp2,tp2,cp4xring,tp2xcp2xep2"),
+        ("k_exaone_236b_a23b", "pp2,cp2,ep2xpp2,pp3xEtt|ttm|L"),
+        ("keural_14b", "tp2xcp2,pp2xvpp2"),
+        ("ax_k1_519b_a33b", "tp2xep2xetp2"),
+    ],
+)
+def test_layouts_on_a_gpu_train_the_model_of_one_process(recipe, layouts, tmp_path):
+    file = tmp_path / "parity.json"
+    command_line = ["parity", recipe, "--layouts", layouts, "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "megamoe", *command_line],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "which all processes share" in done.stderr
+    assert [row["is_equal"] for row in json.loads(file.read_text())] == [True] * len(
+        layouts.split(",")
+    )
 
 
 def test_a_rank_that_fails_is_named_with_its_error(tmp_path):
     (tmp_path / "error.txt").write_text("rank 3: Traceback:\n  File x\nValueError: no\n")
-    assert ranks._problem(tmp_path, 1 << 8) == "rank 3: ValueError: no"
+    assert ranks._problem(tmp_path, 1) == "rank 3: ValueError: no"
 
 
 def test_a_rank_that_was_killed_is_said_to_be(tmp_path):
-    assert ranks._problem(tmp_path, signal.SIGKILL) == "a rank was ended by signal 9"
+    assert ranks._problem(tmp_path, -signal.SIGKILL) == "a rank was ended by signal 9"
 
 
 def test_a_folder_for_the_numbers_must_be_there_before_anything_starts(tmp_path, capsys):
