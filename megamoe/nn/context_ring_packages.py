@@ -123,7 +123,7 @@ def _transformer_engine_options(step: Step) -> dict[str, Any]:
 
 
 def _lengths(step: Step) -> tuple[int, int, Tensor, Tensor]:
-    """Return the room of queries and of keys, and where those of each of the batch begin if they fill it."""
+    """Return the room of queries and of keys, and the sums of their numbers over the batch."""
     batch = step.query.shape[0]
     num_queries, num_keys = step.query.shape[2], step.key.shape[2]
     begins_q, begins_k = (

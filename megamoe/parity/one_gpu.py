@@ -85,6 +85,7 @@ def be_rank(
     from megamoe.mcore import cpu
     from megamoe.parity import ranks
 
+    torch.set_num_threads(1)
     dist.Backend.register_backend(BACKEND, ThroughCpu, devices=["cpu", "cuda"])
     if torch.cuda.is_available():
         torch.cuda.set_device(0)

@@ -48,13 +48,14 @@ def train(plan: Plan, run_dir: Path, *, stop_after: int | None = None) -> list[d
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / _STORE).unlink(missing_ok=True)  # of an earlier call
+    torch.set_num_threads(1)  # ranks share the cores, and a fork has no threads but its own
     gc.freeze()  # what imports have made is no garbage; looking for it takes a rank seconds
-    running = [
-        _process(plan, run_dir, rank, stop_after) for rank in range(plan.segments[0].world_size)
-    ]
-    for process in running:
-        process.start()
+    running: list[BaseProcess] = []
     try:
+        for rank in range(plan.segments[0].world_size):
+            process = _process(plan, run_dir, rank, stop_after)
+            process.start()
+            running.append(process)
         while running:
             wait([process.sentinel for process in running])
             for process in [each for each in running if each.exitcode is not None]:
@@ -104,7 +105,6 @@ def _redirect(log: Path) -> None:
 
 def _train(plan: Plan, run_dir: Path, rank: int, stop_after: int | None, backend: str) -> None:
     segment = plan.segments[0]
-    torch.set_num_threads(1)  # ranks share the cores, and a fork has no threads but its own
     # Megatron-Core 0.16.1 jit.py compiles small functions: a third of the time of so short a run.
     torch.compiler.set_stance("force_eager")
     torch.distributed.init_process_group(

@@ -209,7 +209,8 @@ def leave_as_it_is(recipe: str, options: tuple[str, ...]) -> subprocess.Complete
 
 
 def _python(*module: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", *module]
+    hidden = "CUDA_VISIBLE_DEVICES="  # on a GPU ranks are no forks, and have not the mistake
+    command = ["env", hidden, sys.executable, "-W", "ignore", "-m", *module]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

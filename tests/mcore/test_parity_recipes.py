@@ -79,7 +79,8 @@ def cases(matrix: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def parity(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "megamoe", "parity", *arguments]
+    on_the_processor = ("env", "CUDA_VISIBLE_DEVICES=", sys.executable, "-W", "ignore")
+    command = [*on_the_processor, "-m", "megamoe", "parity", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
