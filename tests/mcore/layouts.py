@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 
 from megamoe.checkpoints import folder as files
 from megamoe.plan.plan import Plan
-from megamoe.recipe import AdamW, Bf16, LearningRate
+from megamoe.recipe import AdamW, Bf16, LearningRate, Mtp
 from tests.mcore import tiny
 
 Work = Callable[[Plan, Path, int], None]  # of one rank
@@ -52,8 +52,8 @@ MODELS = {
     "dual": DUAL,
     # One table for both ends and multi-token prediction: the last rank has a copy that serves as both.
     "tied": replace(DUAL, tied_embeddings=True),
-    # Enough layers for chunks of two rounds.
-    "deep": replace(DUAL, num_layers=5),
+    # Enough layers for chunks of two rounds, and two depths of prediction on one of them.
+    "deep": replace(DUAL, num_layers=5, mtp=Mtp(num_layers=2, ffn="dense")),
 }
 ONE = "one"
 # Number of processes, data-parallel ranks, and what differs from one process.
@@ -67,7 +67,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pp2 vpp2": (2, 1, {"pp": 2, "vpp": 2}),
     "pp3 written": (3, 1, {"pp": 3, "pipeline": "E|ttt|mL"}),
     "pp4 apart": (4, 1, {"pp": 4, "pipeline": "E|ttt|m|L"}),
-    "pp4 vpp2 apart": (4, 1, {"pp": 4, "vpp": 2, "pipeline": "E|t|t|t|t|t|m|L"}),
+    "pp4 vpp2 apart": (4, 1, {"pp": 4, "vpp": 2, "pipeline": "E|t|t|t|t|t|mm|L"}),
     "cp2 heads": (2, 1, {"cp": 2, "cp_scheme": "heads"}),
     "cp2 ring": (2, 1, {"cp": 2, "cp_scheme": "ring"}),
     "cp4 gather": (4, 1, {"cp": 4, "cp_scheme": "gather"}),
