@@ -58,7 +58,9 @@ def share_grouped(
     core = attention.core_attention
     k, v, make_queries = grouped_rows(attention, hidden_LBD)
     heads = GroupedHeads(
-        num_heads=attention.num_attention_heads_per_partition,
+        # Megatron-core's own number is another where ranks of tp share a key-value head (0.16.1
+        # transformer/attention.py:289): of one of them, all queries.
+        num_heads=attention.config.num_attention_heads // attention.pg_collection.tp.size(),
         num_kv_heads=k.shape[2],
         key_dim=k.shape[3],
         value_dim=v.shape[3],

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamoe.errors import LaunchError
-from megamoe.mcore.sharing import Sharing, sharing_of
+from megamoe.mcore.sharing import Sharing, agreed, sharing_of
 from megamoe.nn.context_group import ContextGroup
 from megamoe.plan.plan import Plan, Segment
 
@@ -52,10 +52,10 @@ def form(plan: Plan, segment: Segment) -> None:
         get_embedding_ranks=lambda ranks: [ranks[place] for place in with_table],
     )
     group = parallel_state.get_context_parallel_group() if layout.cp > 1 else None
-    _SHARING[:] = [sharing_of(plan, segment)]
     _CONTEXTS.update({kind: ContextGroup(group) for kind in CONTEXTS})
     _SAVING[:] = [torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WRITE)]
     settle(plan)
+    _SHARING[:] = [agreed(sharing_of(plan, segment), saving())]
 
 
 def saving() -> torch.distributed.ProcessGroup:

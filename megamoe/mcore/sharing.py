@@ -4,19 +4,21 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch import distributed as dist
 
 from megamoe.mcore.config import parameter_dtype
+from megamoe.nn import context_ring_kernels
 from megamoe.nn.context_cost import Cost, Extent, Machine, choose, explain, machine_of
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import Scheme
-from megamoe.plan.cluster import Cluster
+from megamoe.nn.context_ring_kernels import StepCase
 from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import MLA, Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
-    """What a segment's layers choose by; alike on all ranks."""
+    """What a segment's layers choose by: alike on all ranks (`agreed`), or they would wait for each other."""
 
     asked: str  # of the layout: 'auto', or the scheme of layers without a window
     extent: Extent
@@ -24,7 +26,7 @@ class Sharing:
 
 
 def sharing_of(plan: Plan, segment: Segment) -> Sharing:
-    """Return what the layers of a segment choose by."""
+    """Return what the layers of a segment choose by, as far as this rank knows."""
     layout = segment.layout
     extent = Extent(
         seq_len=segment.seq_len,
@@ -32,15 +34,23 @@ def sharing_of(plan: Plan, segment: Segment) -> Sharing:
         cp=layout.cp,
         rank=0,
         dtype=parameter_dtype(segment),
-        has_documents=segment.document_mask,
     )
     # Ranks of tp are neighbours, then those of cp.
     machine = machine_of(plan.cluster, layout.tp * layout.cp)
     return Sharing(
         asked=layout.cp_scheme,
         extent=extent,
-        machine=replace(machine, device=_device(plan.cluster)),
+        machine=replace(machine, has_ring_kernel=_has_ring_kernel(plan, segment)),
     )
+
+
+def agreed(sharing: Sharing, group: dist.ProcessGroup) -> Sharing:
+    """Return what all ranks choose by: a kernel that one of them lacks is none. All call this together."""
+    if sharing.extent.cp == 1:
+        return sharing
+    has_kernel = torch.tensor(int(sharing.machine.has_ring_kernel))
+    dist.all_reduce(has_kernel, dist.ReduceOp.MIN, group=group)
+    return replace(sharing, machine=replace(sharing.machine, has_ring_kernel=bool(has_kernel)))
 
 
 @cache
@@ -53,11 +63,11 @@ def scheme_of(layer: AttentionLayer, sharing: Sharing) -> Scheme:
     return _costs(layer, sharing)[0].scheme
 
 
-def describe(plan: Plan, segment: Segment) -> list[str]:
+def describe(plan: Plan, segment: Segment, sharing: Sharing) -> list[str]:
     """Return a line for each kind of layer: how it shares sequences, why, and what else there was."""
     if segment.layout.cp == 1:
         return []
-    sharing, model = sharing_of(plan, segment), plan.model
+    model = plan.model
     lines = []
     for kind, letter in (("with a window", "L"), ("without", "G")):
         if letter in model.window_pattern or (letter == "G" and model.mtp is not None):
@@ -96,8 +106,18 @@ def attention_layer(model: Model, tp: int, *, has_window: bool) -> AttentionLaye
     return AttentionLayer(heads=heads, window=model.window if has_window else None, scale=1.0)
 
 
-def _device(cluster: Cluster) -> torch.device | None:
-    """Return where this rank would attend; None: on a GPU that is not here."""
-    if cluster.device == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda") if torch.cuda.is_available() else None
+def _has_ring_kernel(plan: Plan, segment: Segment) -> bool:
+    """Tell whether layers without a window have a kernel here; on a GPU that is not here it is relied on."""
+    device = plan.cluster.device
+    if segment.layout.cp == 1 or (device == "cuda" and not torch.cuda.is_available()):
+        return True
+    heads = attention_layer(plan.model, segment.layout.tp, has_window=False).heads
+    case = StepCase(
+        device=torch.device(device),
+        dtype=parameter_dtype(segment),
+        key_dim=heads.key_dim,
+        value_dim=heads.value_dim,
+        has_documents=segment.document_mask,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return context_ring_kernels.choose(case) is not None

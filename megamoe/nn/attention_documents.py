@@ -3,12 +3,16 @@
 Shapes: S queries, P keys (P at least S), B batch, N heads, D head dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +26,33 @@ class Boundaries:
     keys: Tensor
 
 
-@lru_cache(maxsize=8)  # of a batch in each of a few layouts; by the tensor itself, not its values
+def of_each_tensor(function: Callable[..., T]) -> Callable[..., T]:
+    """Remember what a function makes of its last eight tensors, until they are written to.
+
+    All layers of a batch have the same, and values would have to be read from the device.
+    """
+
+    @lru_cache(maxsize=8)
+    def remembered(_: object, tensor: Tensor, *others: int) -> T:
+        return function(tensor, *others)
+
+    @wraps(function)
+    def call(tensor: Tensor, *others: int) -> T:
+        # An inference tensor does not count what is written to it.
+        times_written = object() if tensor.is_inference() else tensor._version
+        return remembered(times_written, tensor, *others)
+
+    call.cache_clear = remembered.cache_clear  # type: ignore[attr-defined]
+    return call
+
+
+@of_each_tensor
 def boundaries(first_SB: Tensor, num_keys: int) -> Boundaries:
     """Return them for sequences one after the other; waits once for the device, to count documents.
 
     Args:
         first_SB: where the document of each query begins, counted among the keys; below 0: before
-            them. Not to be written to afterwards.
+            them.
         num_keys: P; the queries are of the last positions.
     """
     seq_len, batch = first_SB.shape

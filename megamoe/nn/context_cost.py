@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megamoe.nn import context_ring_kernels
 from megamoe.nn.context_group import WireBytes, shard_len
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import Scheme, schemes
-from megamoe.nn.context_ring_kernels import StepCase
 from megamoe.nn.context_transfers import Chunks
 from megamoe.plan.cluster import Cluster
 
@@ -26,7 +24,6 @@ class Extent:
     cp: int
     rank: int
     dtype: torch.dtype
-    has_documents: bool = False  # which do not see each other
 
     @property
     def shard_len(self) -> int:
@@ -41,9 +38,7 @@ class Machine:
     link_bytes_per_s: float  # received, while it computes
     flops_per_s: float  # of attention and projections
     message_s: float  # from one rank to another, however small
-    device: torch.device | None = (
-        None  # where kernels are tried; None: not here, they are relied on
-    )
+    has_ring_kernel: bool = True  # for the layers in question; else a ring writes out scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,15 +129,14 @@ def estimate(layer: AttentionLayer, scheme: Scheme, extent: Extent, machine: Mac
     Attention is computed 3.5 times, the scores of its backward pass anew, and projections three
     times, in a ring four. A document is taken to be the whole sequence, as far as attention goes.
     Messages of a ring are hidden by its attention as far as that takes; those of the others by
-    nothing, though a caller may hide some behind its query projections. A ring has no kernel
-    where none passed its trial.
+    nothing, though a caller may hide some behind its query projections.
     """
     wire = wire_bytes(layer, scheme, extent)
     attention, projection = _attention_flops(layer, scheme, extent), 0.0
     if isinstance(layer.heads, LatentHeads):
         projection = _projection_flops(layer, layer.heads, scheme, extent)
     flops = 3.5 * attention + (4 if scheme is Scheme.RING else 3) * projection
-    writes_scores = scheme is Scheme.RING and _writes_scores(layer, extent, machine)
+    writes_scores = scheme is Scheme.RING and not machine.has_ring_kernel
     slowed = 3.5 * attention * (_SCORES_WRITTEN_OUT - 1) if writes_scores else 0.0
     computing = (flops + slowed) / machine.flops_per_s
     sending = (wire.forward + wire.backward) / machine.link_bytes_per_s
@@ -187,7 +181,9 @@ def explain(costs: tuple[Cost, ...], chosen: Scheme) -> str:
     """Return one line for a log: what was chosen, whether by estimate, and what else there was."""
     by_scheme = {cost.scheme: cost for cost in costs}
     why = "as asked for"
-    if chosen is costs[0].scheme:
+    if chosen is Scheme.HALO:
+        why = "always with a window"
+    elif chosen is costs[0].scheme:
         is_fastest = costs[0].seconds <= min(cost.seconds for cost in costs)
         why = "fastest by estimate" if is_fastest else "a ring gains too little by estimate"
     listed = ", ".join(_described(cost) for cost in costs if cost.scheme is not chosen)
@@ -202,21 +198,6 @@ def _described(cost: Cost) -> str:
         f"{cost.scheme.value} {cost.seconds * 1e3:.3g} ms ({received:.3g} MB, "
         f"{cost.flops / 1e12:.3g} TFLOP{scores})"
     )
-
-
-def _writes_scores(layer: AttentionLayer, extent: Extent, machine: Machine) -> bool:
-    """Tell whether a ring has no kernel for the layer."""
-    if machine.device is None:
-        return False
-    case = StepCase(
-        device=machine.device,
-        dtype=extent.dtype,
-        key_dim=layer.heads.key_dim,
-        value_dim=layer.heads.value_dim,
-        has_documents=extent.has_documents,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return context_ring_kernels.choose(case) is None
 
 
 def _halo_rows(layer: AttentionLayer, extent: Extent) -> tuple[int, int]:

@@ -26,7 +26,6 @@ head dimension, V value head dimension, R latent, E rotary, F features of a toke
 
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from torch import Tensor
 from megamoe.errors import MegamoeError
 from megamoe.nn import context_ring_kernels
 from megamoe.nn.attention import bounded_attention, continued_attention
+from megamoe.nn.attention_documents import of_each_tensor
 from megamoe.nn.context_group import ContextGroup, Posted, check_starts
 from megamoe.nn.context_heads import AttentionLayer, LatentHeads, can_share_heads
 from megamoe.nn.context_ring import Ring, ring_attention
@@ -118,14 +118,22 @@ def finish(
         up_weight: of MLA the up-projection of keys and values, [N * (D - E + V), R], head by head.
         starts_SB: integers, where in the whole sequence the document of each token begins, for the
             whole sequence on every rank; a query sees nothing before. None: one document. Of one batch
-            the same tensor for all layers: documents are counted once for each tensor.
+            the same tensor for all layers: documents are counted once for each tensor, until it is
+            written to, which must wait for the backward pass.
 
     Returns:
         [L, B, N * V], dtype of the queries.
 
     Raises:
-        MegamoeError: starts_SB is not of the whole sequence, or not of each of the batch.
+        MegamoeError: the queries are not of the layer's heads, or starts_SB is not of the whole sequence, or
+            not of each of the batch.
     """
+    heads = begun.layer.heads
+    if q_LBND.shape[2:] != (heads.num_heads, heads.key_dim):
+        raise MegamoeError(
+            f"queries are {list(q_LBND.shape)}, and the layer has {heads.num_heads} heads of "
+            f"{heads.key_dim}; give [L, B, {heads.num_heads}, {heads.key_dim}]"
+        )
     if starts_SB is not None:
         check_starts(starts_SB, q_LBND.shape, begun.cp.size)
     if begun.cp.size == 1:
@@ -222,7 +230,7 @@ def _attend(
     return bounded_attention(q_SBND, k_PBMD, v_PBMV, first_SB=first_SB, window=window, scale=scale)
 
 
-@lru_cache(maxsize=8)  # so that all layers of a batch have one tensor; by starts_SB itself
+@of_each_tensor  # so that all layers of a batch have one tensor
 def _first_keys(starts_SB: Tensor, first_query: int, num_queries: int, num_keys: int) -> Tensor:
     """Return where the documents of a rank's queries begin, counted among the keys it has."""
     last_query = first_query + num_queries

@@ -93,7 +93,9 @@ def _transformer_engine_gradients(step: Step, grad: Tensor, result: Result) -> T
     else:
         options["dqkv_layout"] = options["qkv_layout"]
     num_queries = step.query.shape[2]
-    log_sum = pad(result[1], (0, _room(num_queries, step) - num_queries))
+    log_sum = result[1]
+    if room := _room(num_queries, step) - num_queries:
+        log_sum = pad(log_sum, (0, room))
     no_dropout = torch.zeros(2, dtype=torch.int64, device=grad.device)  # state of random numbers
     grads = fused.fused_attn_bwd(
         *(*_lengths(step), *rows),
@@ -134,18 +136,22 @@ def _lengths(step: Step) -> tuple[int, int, Tensor, Tensor]:
 
 
 def _room(length: int, step: Step) -> int:
-    """Return a length of which there are few: cuDNN makes a plan for each, and keeps it.
+    """Return a length of which there are few: cuDNN makes a plan for each pair, and keeps it.
 
     What documents cut is of any length, so it gets a power of two, and the mask says how much is filled.
+    From 128 on, cuDNN's tile: it has no gradients of one query and one key (cudnn-frontend 1.15 to 1.22,
+    scaled_dot_product_flash_attention.h), and on Hopper NaN for some of keys that end with half a tile
+    (cudnn-frontend pull request 628).
     """
-    return 2 ** (length - 1).bit_length() if step.is_cut else length
+    return max(128, 2 ** (length - 1).bit_length()) if step.is_cut else length
 
 
 def _with_room(x_BNSD: Tensor, step: Step) -> Tensor:
     """Return [S, B, N, D], in this order in memory, too, with zeros after the rows of each of the batch."""
     length = x_BNSD.shape[2]
-    rows = x_BNSD.permute(2, 0, 1, 3)
-    return pad(rows, (0, 0) * 3 + (0, _room(length, step) - length)).contiguous()
+    rows = x_BNSD.permute(2, 0, 1, 3).contiguous()
+    room = _room(length, step) - length
+    return pad(rows, (0, 0) * 3 + (0, room)) if room else rows
 
 
 def _like(*tensors: Tensor) -> Tensors:

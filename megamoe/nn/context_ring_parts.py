@@ -9,10 +9,11 @@ Shapes: S sequence, B batch, N heads, Q queries, K keys.
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 from torch import Tensor
+
+from megamoe.nn.attention_documents import of_each_tensor
 
 Rows = tuple[range, range]  # positions of queries and keys in the sequence
 
@@ -40,8 +41,8 @@ def parts(rows: Rows, starts_SB: Tensor | None) -> list[Part]:
 
     Args:
         rows: of the pair.
-        starts_SB: where the document of each token of whole sequences begins, not to be written to
-            afterwards; None: each sequence is one.
+        starts_SB: where the document of each token of whole sequences begins; None: each sequence is
+            one.
     """
     queries, keys = rows
     is_causal = queries == keys
@@ -61,7 +62,7 @@ def parts(rows: Rows, starts_SB: Tensor | None) -> list[Part]:
     ]
 
 
-@lru_cache(maxsize=8)  # of a batch, for all layers; by the tensor itself, not its values
+@of_each_tensor
 def _documents(starts_SB: Tensor) -> tuple[list[int], ...]:
     """Return where the documents of each sequence begin, and its end; waits for the device."""
     return tuple(

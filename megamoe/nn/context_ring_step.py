@@ -26,7 +26,7 @@ class Step:
     key: Tensor
     value: Tensor
     is_causal: bool  # queries and keys are of the same positions; else every query sees every key
-    is_cut: bool  # by documents: of any length, and of another in each batch
+    is_cut: bool  # by documents: lengths differ from batch to batch
     scale: float
 
     @property

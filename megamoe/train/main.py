@@ -71,7 +71,7 @@ def _train(args: argparse.Namespace, plan: Plan, segment: Segment) -> None:
         is_first = int(os.environ["RANK"]) == 0
         recording = recording_from_args(args)
         if is_first:
-            lines = (*describe(plan, segment), *engine.notes)
+            lines = (*describe(plan, segment, groups.context_sharing()), *engine.notes)
             sys.stdout.writelines(f"{line}\n" for line in lines)
         with ExitStack() as stack:
             recorders = (

@@ -27,7 +27,9 @@ with warnings.catch_warnings():
     from megamoe.mcore import groups
     from megamoe.mcore.dispatchers import missing, settle_dispatcher
     from megamoe.mcore.model import build_model
+    from megamoe.mcore.sharing import Sharing, agreed
 
+from megamoe.nn.context_cost import Extent, Machine
 from megamoe.plan.plan import Plan
 
 DISPATCHERS = ("all_to_all", "all_gather", "deepep", "hybridep")
@@ -83,6 +85,15 @@ def answers_of(plan: Plan, rank: int) -> dict[str, Any]:
         on_gpus, on_gpus.segments[0]
     )
     answers["dispatcher where rank 2 has none"] = segment.layout.dispatcher
+    alike = Sharing(
+        asked="auto",
+        extent=Extent(seq_len=8, batch=1, cp=2, rank=0, dtype=torch.float32),
+        machine=Machine(link_bytes_per_s=1.0, flops_per_s=1.0, message_s=1.0),
+    )
+    lacking = replace(alike, machine=replace(alike.machine, has_ring_kernel=rank != 2))
+    answers["has ring kernel"], answers["has ring kernel where rank 2 has none"] = (
+        agreed(mine, groups.saving()).machine.has_ring_kernel for mine in (alike, lacking)
+    )
     return answers
 
 

@@ -45,6 +45,7 @@ DUAL = replace(
     num_layers=3,
     experts=replace(tiny.DUAL.experts, num_groups=2, group_top_k=1, top_k=2),
 )
+DEEP = replace(DUAL, num_layers=5, mtp=Mtp(num_layers=2, ffn="dense"))
 MODELS = {
     "latent": tiny.LATENT,
     "grouped": tiny.GROUPED,
@@ -53,7 +54,10 @@ MODELS = {
     # One table for both ends and multi-token prediction: the last rank has a copy that serves as both.
     "tied": replace(DUAL, tied_embeddings=True),
     # Enough layers for chunks of two rounds, and two depths of prediction on one of them.
-    "deep": replace(DUAL, num_layers=5, mtp=Mtp(num_layers=2, ffn="dense")),
+    "deep": DEEP,
+    "deep tied": replace(DEEP, tied_embeddings=True),
+    # One key-value head, which ranks of tp share.
+    "shared head": replace(tiny.GROUPED, attention=replace(tiny.GROUPED.attention, num_kv_heads=1)),
 }
 ONE = "one"
 # Number of processes, data-parallel ranks, and what differs from one process.
@@ -71,6 +75,8 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "cp2 heads": (2, 1, {"cp": 2, "cp_scheme": "heads"}),
     "cp2 ring": (2, 1, {"cp": 2, "cp_scheme": "ring"}),
     "cp4 gather": (4, 1, {"cp": 4, "cp_scheme": "gather"}),
+    "tp2 cp2 ring": (4, 1, {"tp": 2, "cp": 2, "cp_scheme": "ring"}),
+    "tp2 cp2 heads": (4, 1, {"tp": 2, "cp": 2, "cp_scheme": "heads"}),
     "tp2 cp2 ep2": (4, 1, {"tp": 2, "cp": 2, "ep": 2}),
     "dp2 tp2 ep2": (4, 2, {"tp": 2, "ep": 2}),
     "dp2 pp2 ep2": (4, 2, {"pp": 2, "ep": 2}),
@@ -84,6 +90,8 @@ READ_BACK = {
     "dual": ("pp2",),
     "tied": ("pp3 written", "pp4 apart"),
     "deep": ("pp4 vpp2 apart",),
+    "deep tied": ("pp4 vpp2 apart",),
+    "shared head": ("tp2 cp2 ring", "tp2 cp2 heads"),
 }
 CASES = [(model, layout) for model, layouts in READ_BACK.items() for layout in (ONE, *layouts)]
 

@@ -8,7 +8,8 @@ import torch
 
 from megamoe.mcore import context, groups, projections
 from megamoe.mcore.model import build_chunk, unwrap
-from megamoe.mcore.sharing import describe
+from megamoe.mcore.sharing import describe, sharing_of
+from megamoe.nn import context_ring_kernels
 from megamoe.nn.context_group import ContextGroup, Pending
 from megamoe.nn.context_parallel import Scheme
 from megamoe.plan.cli import named_cluster
@@ -118,9 +119,21 @@ def test_auto_chooses_a_ring_where_heads_do_not_divide_and_a_kernel_is(tmp_path,
     )
     rates = {"peak_flops_per_s": 1e15, "network_bytes_per_s": 50e9}
     plan = replace(plan, cluster=replace(plan.cluster, **rates))
-    _, said = describe(plan, plan.segments[0])
+    _, said = describe(plan, plan.segments[0], sharing_of(plan, plan.segments[0]))
     assert said.startswith("general: cp 32, layers without: ring ")
     assert "scores written out" not in said
+
+
+def test_a_ring_without_a_kernel_here_is_said_to_write_out_scores(tmp_path):
+    plan = tiny.tiny_plan(tmp_path, layout=replace(tiny.LAYOUT, cp=2, cp_scheme="ring"))
+    context_ring_kernels.choose.cache_clear()
+    with mock.patch.dict(context_ring_kernels.KERNELS, clear=True):
+        sharing = sharing_of(plan, plan.segments[0])
+    context_ring_kernels.choose.cache_clear()
+    assert not sharing.machine.has_ring_kernel
+    said = describe(plan, plan.segments[0], sharing)[-1]
+    assert "TFLOP, scores written out), as asked for" in said
+    assert sharing_of(plan, plan.segments[0]).machine.has_ring_kernel
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
@@ -139,7 +152,7 @@ def test_auto_is_heads_where_cp_divides_them_and_a_ring_otherwise(
     )
     model = load_recipe(name).recipe.model
     plan = replace(plan, model=model, cluster=named_cluster("h200-8x400g", 4))
-    said = describe(plan, plan.segments[0])
+    said = describe(plan, plan.segments[0], sharing_of(plan, plan.segments[0]))
     chosen = "heads"
     if name.startswith("vaetki") and cp == 32:  # 24 heads
         chosen = "ring"

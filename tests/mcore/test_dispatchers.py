@@ -180,3 +180,10 @@ def test_one_rank_that_lacks_the_library_decides_for_all(ranks):
         assert rank["dispatcher where rank 2 has none"] == "all_to_all"
         [note] = rank["notes where rank 2 has none"]
         assert "deepep: rank 2: package deep_ep has no Buffer in deep_ep; all_to_all" in note
+
+
+def test_one_rank_that_lacks_a_kernel_of_a_ring_decides_for_all(ranks):
+    """Each would choose by itself how to attend together, and wait for ranks that do it otherwise."""
+    for rank in ranks:
+        assert rank["has ring kernel"]
+        assert not rank["has ring kernel where rank 2 has none"]

@@ -196,6 +196,7 @@ class FusedAttn(ModuleType):
         def backward(given):
             self.check_layouts(given)
             self.deterministic.append(given["deterministic"])
+            assert given["max_seqlen_q"] > 1 or given["max_seqlen_kv"] > 1, "not supported by cuDNN"
             stats, state = given["aux_ctx_tensors"]
             assert state.dtype is torch.int64
             rows = self.rows(given, "d_o", "q", "k", "v", "o")

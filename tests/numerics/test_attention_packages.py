@@ -169,6 +169,15 @@ def test_documents_are_counted_once_for_a_tensor():
     first = torch.zeros(4, 1, dtype=torch.int32)
     assert boundaries(first, 4) is boundaries(first, 4)
     assert boundaries(first.clone(), 4) is not boundaries(first, 4)
+    one_document = boundaries(first, 4)
+    first[2:] = 2  # a buffer that the next batch is written to
+    assert one_document.queries.tolist() == [0, 0, 4]
+    assert boundaries(first, 4).queries.tolist() == [0, 0, 2, 4]
+    with torch.inference_mode():  # where nothing tells that a tensor is written to
+        first = torch.zeros(4, 1, dtype=torch.int32)
+        assert boundaries(first, 4).queries.tolist() == [0, 0, 4]
+        first[2:] = 2
+        assert boundaries(first, 4).queries.tolist() == [0, 0, 2, 4]
 
 
 def test_the_fastest_that_does_a_case_comes_first(installed):

@@ -38,6 +38,8 @@ LAYERS = {  # part of the model, window
 COUNT = """
 import json
 from benchmarks import context_parallel
+from tests.numerics.watched_collectives import watch
+watch()
 context_parallel.EXTENTS = context_parallel.EXTENTS[:1]
 print(json.dumps(context_parallel.count_rows(["vaetki_100b_a10b"])))
 """
@@ -45,6 +47,8 @@ COUNT_ONE_OF_EACH = """
 import json
 from collections import Counter
 from benchmarks import context_parallel
+from tests.numerics.watched_collectives import watch
+watch()
 context_parallel.EXTENTS = context_parallel.EXTENTS[1:]
 layers_of = context_parallel.layers_of
 context_parallel.layers_of = lambda model: Counter(set(layers_of(model)))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks import context_parallel
-from megamoe.nn import context_ring_kernels
 from megamoe.nn.context_cost import Cost, Extent, Machine, choose, explain, machine_of
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads
 from megamoe.nn.context_parallel import Scheme
@@ -43,18 +42,20 @@ def test_a_ring_that_gains_more_is_taken():
     assert "fastest by estimate; else heads" in explain(costs, Scheme.RING)
 
 
-def test_a_ring_without_a_kernel_writes_out_scores_without_a_mask_too():
-    rates = replace(RATES, device=torch.device("cpu"))
-    with_kernel = ring_of(choose(K_EXAONE, PLACE, rates))
-    context_ring_kernels.choose.cache_clear()
-    with mock.patch.dict(context_ring_kernels.KERNELS, clear=True):
-        costs = choose(K_EXAONE, PLACE, rates)
-    context_ring_kernels.choose.cache_clear()
-    without = ring_of(costs)
-    assert costs[-1] is without
+def test_a_ring_without_a_kernel_writes_out_scores():
+    costs = choose(K_EXAONE, PLACE, replace(RATES, has_ring_kernel=False))
+    without, with_kernel = costs[-1], ring_of(choose(K_EXAONE, PLACE, RATES))
+    assert without is ring_of(costs)
     assert without.writes_scores
     assert not with_kernel.writes_scores
     assert without.seconds > 10 * with_kernel.seconds
+    assert "TFLOP, scores written out)" in explain(costs, costs[0].scheme)
+
+
+def test_a_layer_with_a_window_takes_a_halo_whatever_it_costs():
+    costs = choose(replace(K_EXAONE, window=100_000), PLACE, RATES)
+    assert costs[0].scheme is Scheme.HEADS
+    assert ", always with a window; else heads" in explain(costs, Scheme.HALO)
 
 
 @pytest.mark.parametrize(

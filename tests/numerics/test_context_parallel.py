@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megamoe.nn.context_cost import Extent, Machine, choose, explain, wire_bytes
 from megamoe.nn.context_group import ContextGroup, shard_len
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import Scheme, begin, finish, schemes
+from megamoe.nn.context_ring_parts import parts
 from megamoe.nn.context_tokens import document_starts, next_tokens, starts_of_lengths
 from megamoe.nn.context_transfers import Halo
 from tests.numerics.context_cases import grouped, latent
@@ -226,6 +226,45 @@ def test_a_sequence_that_ranks_cannot_share_is_refused(seq_len, advice):
         shard_len(seq_len, 8)
 
 
+def test_queries_of_another_number_of_heads_are_refused():
+    """A kernel of a CPU ended the process."""
+    layer = AttentionLayer(heads=latent(4), window=None, scale=1.0)
+    begun = begin(
+        ContextGroup(None), layer, Scheme.RING, (torch.zeros(6, 2, 7), torch.zeros(6, 2, 2))
+    )
+    advice = "queries are [6, 2, 2, 5], and the layer has 4 heads of 5; give [L, B, 4, 5]"
+    with pytest.raises(MegamoeError, match=re.escape(advice)):
+        finish(begun, torch.zeros(6, 2, 2, 5), torch.zeros(4 * 8, 7))
+
+
+def test_documents_that_are_written_over_are_those_of_the_next_call(generator):
+    """A buffer that each batch is written to: what was counted of the last one is not kept."""
+    layer = AttentionLayer(heads=grouped(2, 1), window=None, scale=1.0)
+    k, v, q = (
+        torch.randn(6, 1, heads, width, generator=generator)
+        for heads, width in (
+            (1, layer.heads.key_dim),
+            (1, layer.heads.value_dim),
+            (2, layer.heads.key_dim),
+        )
+    )
+    starts_SB = torch.zeros(6, 1, dtype=torch.int32)
+
+    def attended(starts_SB):
+        return finish(
+            begin(ContextGroup(None), layer, Scheme.GATHER, (k, v)), q, starts_SB=starts_SB
+        )
+
+    first = attended(starts_SB)
+    starts_SB[3:] = 3
+    assert torch.equal(attended(starts_SB), attended(starts_SB.clone()))
+    assert not torch.equal(attended(starts_SB), first)
+    chunk = range(6)
+    assert [part.queries for part in parts((chunk, chunk), starts_SB)] == [slice(0, 3), slice(3, 6)]
+    starts_SB[3:] = 0
+    assert [part.queries for part in parts((chunk, chunk), starts_SB)] == [slice(0, 6)]
+
+
 def test_a_scheme_that_cannot_do_a_layer_is_refused():
     cp, parts = ContextGroup(None), (torch.zeros(4, 1, 7), torch.zeros(4, 1, 2))
     layer = AttentionLayer(heads=latent(5), window=None, scale=1.0)
@@ -285,13 +324,3 @@ def test_a_layer_with_a_window_is_cheapest_by_halo_and_one_without_by_heads():
     assert said.startswith("heads ")
     assert "fastest by estimate; else ring" in said
     assert "as asked for" in explain(costs, Scheme.RING)
-
-
-def test_documents_are_counted_as_if_one_were_the_whole_sequence():
-    """What they are is known batch by batch; a ring cuts its steps by them (context_ring_parts.py)."""
-    whole = AttentionLayer(heads=VAETKI_100B, window=None, scale=1.0)
-    place = extent(131_072, 32, 0)
-    costs = choose(whole, place, H200)
-    assert [cost.scheme for cost in costs] == [Scheme.RING, Scheme.GATHER]
-    assert choose(whole, replace(place, has_documents=True), H200) == costs
-    assert "scores written out" not in explain(costs, Scheme.GATHER)
