@@ -55,9 +55,9 @@ def block_spec(
 def mtp_spec(
     config: TransformerConfig, model: Model, segment: Segment, vp_stage: int | None
 ) -> MultiTokenPredictionBlockSubmodules | None:
-    """Return the multi-token prediction layers of this pipeline rank and chunk, which see everything.
+    """Return this chunk's layers of multi-token prediction, which attend without a window.
 
-    None: another has them, or the model has none.
+    None: another chunk has them, or the model has none.
     """
     if model.mtp is None or not get_mtp_num_layers_to_build(config, vp_stage=vp_stage):
         return None

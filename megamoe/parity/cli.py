@@ -3,18 +3,28 @@
 import argparse
 import json
 import math
+import platform
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from megamoe.commit import running_commit
 from megamoe.errors import LaunchError, PlanError
 from megamoe.parity.layouts import DEFAULT, Grid, one_process, parse_layouts
-from megamoe.parity.small import MICRO_BATCH, plan_of, small_recipe, with_text, write_text
+from megamoe.parity.small import (
+    MICRO_BATCH,
+    on_a_gpu,
+    plan_of,
+    small_recipe,
+    with_text,
+    write_text,
+)
 from megamoe.plan.plan import Plan, Shard
 from megamoe.recipe.layout import Layout
 
@@ -66,7 +76,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bound", type=float, metavar="X", help="relative (default 2e-5; in float64 1e-10)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all numbers here, and what gave them"
+    )
     parser.set_defaults(run=run)
 
 
@@ -74,10 +86,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan everything, train, compare, print; 1 when a layout differs."""
     grids = (one_process(MICRO_BATCH), *parse_layouts(args.layouts, MICRO_BATCH))
     recipes = [small_recipe(name, document_mask=args.document_mask) for name in args.recipes]
-    device = _device()
-    planned = [
-        [(grid, plan_of(recipe, grid, args.seed, device)) for grid in grids] for recipe in recipes
-    ]
+    planned = [[(grid, plan_of(recipe, grid, args.seed)) for grid in grids] for recipe in recipes]
     if args.json is not None:
         _check_writable(args.json)
     bound = BOUNDS[args.dtype] if args.bound is None else args.bound
@@ -87,8 +96,10 @@ def run(args: argparse.Namespace) -> int:
         from megamoe.mcore import double
 
         double.enable()
-    if device == "cuda":
-        _say(f"on {planned[0][0][1].cluster.device_name}, which all processes share")
+    gpu = _gpu()
+    if gpu is not None:
+        _say(f"on {gpu}, which all processes share")
+        planned = [[(grid, on_a_gpu(plan)) for grid, plan in plans] for plans in planned]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="megamoe-parity-") as folder:
         for index, plans in enumerate(planned):
@@ -97,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.flush()
             rows += found
     if args.json is not None:
-        text = json.dumps([_as_json(row) for row in rows], indent=1)
+        text = json.dumps(_record(rows, gpu), indent=1)
         args.json.write_text(text + "\n", encoding="utf-8")
     return 0 if all(row.is_equal for row in rows) else 1
 
@@ -115,10 +126,10 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def _device() -> Literal["cpu", "cuda"]:
+def _gpu() -> str | None:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _check_writable(file: Path) -> None:
@@ -228,8 +239,18 @@ def _beyond(found: "Comparison") -> str:
     return f"{count}, first in {first}{named}"
 
 
-def _as_json(row: Row) -> dict[str, object]:
-    return {**asdict(row), "is_equal": row.is_equal}
+def _record(rows: Sequence[Row], gpu: str | None) -> dict[str, object]:
+    """Return what was found, and by what: such a file is kept."""
+    return {
+        "command": sys.argv,
+        "device": gpu or "CPU",
+        "commit": running_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "megatron-core")},
+        },
+        "rows": [{**asdict(row), "is_equal": row.is_equal} for row in rows],
+    }
 
 
 def _say(line: str) -> None:

@@ -59,38 +59,35 @@ class _Work:
         self._copies = self._tensors = []
         return True
 
-    def is_completed(self) -> bool:
-        """Tell whether `wait` would not wait."""
-        return bool(self._work.is_completed())
 
-
-def be_rank(
-    plan: Plan, run_dir: Path, rank: int, stop_after: int | None, *, is_double: bool
-) -> None:
+def be_rank(work: tuple[Plan, Path, int, int | None], *, is_double: bool) -> None:
     """Be a rank of `ranks.train`, in a process that has imported nothing of Megatron-core yet.
 
     Args:
-        plan: as there, and the others.
-        run_dir: a folder.
-        rank: of the plan's.
-        stop_after: so many steps.
+        work: the first arguments of `ranks.be_rank`.
         is_double: float32 means float64 here (megamoe/mcore/double.py).
     """
-    # Read when CUDA starts; without it torch refuses matrix products in a deterministic run.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if is_double:
         from megamoe.mcore import double
 
         double.enable()
-    from megamoe.mcore import cpu
     from megamoe.parity import ranks
 
+    ranks.be_rank(*work, _prepare)
+
+
+def _prepare() -> str:
+    """Settle on the GPU; return the backend of process groups."""
+    from megamoe.mcore import cpu
+
+    # Read when CUDA starts; without it torch refuses matrix products in a deterministic run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)
     dist.Backend.register_backend(BACKEND, ThroughCpu, devices=["cpu", "cuda"])
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
         cpu.share_unevenly()
-    ranks.be_rank(plan, run_dir, rank, stop_after, BACKEND)
+    return BACKEND
 
 
 def _through_cpu(name: str, *, returns: bool) -> Callable[..., _Work]:

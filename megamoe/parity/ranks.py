@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -44,8 +45,12 @@ def train(plan: Plan, run_dir: Path, *, stop_after: int | None = None) -> list[d
         stop_after: stop after so many steps; None: at the end.
 
     Raises:
-        LaunchError: a rank failed; the others have been ended.
+        LaunchError: a rank failed; the others have been ended. Or there is a GPU, and the plan has none.
     """
+    if plan.cluster.device == "cpu" and not cpu.is_needed():  # Megatron-core does not do without
+        raise LaunchError(
+            "the plan is for a processor, and here is a GPU; hide it: CUDA_VISIBLE_DEVICES=''"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / _STORE).unlink(missing_ok=True)  # of an earlier call
     torch.set_num_threads(1)  # ranks share the cores, and a fork has no threads but its own
@@ -74,19 +79,31 @@ def train(plan: Plan, run_dir: Path, *, stop_after: int | None = None) -> list[d
 def _process(plan: Plan, run_dir: Path, rank: int, stop_after: int | None) -> BaseProcess:
     work = (plan, run_dir, rank, stop_after)
     if plan.cluster.device == "cpu":
-        return multiprocessing.get_context("fork").Process(target=be_rank, args=(*work, "gloo"))
+        return multiprocessing.get_context("fork").Process(
+            target=be_rank, args=(*work, lambda: "gloo"), daemon=True
+        )
     is_double = torch.float32 is torch.float64
     return multiprocessing.get_context("spawn").Process(
-        target=one_gpu.be_rank, args=work, kwargs={"is_double": is_double}
+        target=one_gpu.be_rank, args=(work,), kwargs={"is_double": is_double}, daemon=True
     )
 
 
-def be_rank(plan: Plan, run_dir: Path, rank: int, stop_after: int | None, backend: str) -> None:
-    """Train as one rank, and end this process; what it prints, and why it failed, is left in files."""
+def be_rank(
+    plan: Plan, run_dir: Path, rank: int, stop_after: int | None, prepare: Callable[[], str]
+) -> None:
+    """Train as one rank, and end this process; what it prints, and why it failed, is left in files.
+
+    Args:
+        plan: as `train` takes it, and the others.
+        run_dir: a folder.
+        rank: of the plan's.
+        stop_after: so many steps.
+        prepare: what is done first; returns the backend of the process group.
+    """
     status = 1
     try:
         _redirect(run_dir / _LOG)
-        _train(plan, run_dir, rank, stop_after, backend)
+        _train(plan, run_dir, rank, stop_after, prepare())
         status = 0
     except BaseException:
         # The first to fail is the cause of what the others then meet.
@@ -128,6 +145,8 @@ def _train(plan: Plan, run_dir: Path, rank: int, stop_after: int | None, backend
 
 def _problem(run_dir: Path, exitcode: int) -> str:
     if not (run_dir / _ERROR).exists():
-        return f"a rank was ended by signal {-exitcode}"
+        if exitcode < 0:
+            return f"a rank was ended by signal {-exitcode}"
+        return f"a rank ended with status {exitcode} before it began; see what it printed above"
     lines = (run_dir / _ERROR).read_text(encoding="utf-8").splitlines()
     return f"{lines[0].split(':')[0]}: {lines[-1]}"

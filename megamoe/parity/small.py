@@ -7,7 +7,6 @@ recipe has them; every balancing loss is on; the batch doubles between the two s
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from data_prep.shards import ShardWriter
 from megamoe.errors import PlanError
@@ -66,7 +65,7 @@ def small_recipe(name: str, *, document_mask: bool = False) -> Recipe:
     )
 
 
-def plan_of(recipe: Recipe, grid: Grid, seed: int, device: Literal["cpu", "cuda"] = "cpu") -> Plan:
+def plan_of(recipe: Recipe, grid: Grid, seed: int) -> Plan:
     """Return the plan of one layout, without data.
 
     Raises:
@@ -75,12 +74,17 @@ def plan_of(recipe: Recipe, grid: Grid, seed: int, device: Literal["cpu", "cuda"
     try:
         stage = replace(recipe.stages[0], layout=grid.layout)
         placed = replace(recipe, stages=(stage,))
-        cluster = local_cluster(grid.world_size, device)
+        cluster = local_cluster(grid.world_size, "cpu")
         plan = build_plan(placed, cluster, Options(seed=seed, keep_checkpoints=NUM_STEPS))
         check_trainable(plan)
     except (FieldError, PlanError) as error:
         raise PlanError(f"layout {grid.name}: {error}") from error
     return plan
+
+
+def on_a_gpu(plan: Plan) -> Plan:
+    """Return a plan for one GPU, which all its ranks share; all else is as on a processor."""
+    return replace(plan, cluster=replace(plan.cluster, device="cuda"))
 
 
 def with_text(plan: Plan, folder: Path, shards: tuple[Shard, ...]) -> Plan:

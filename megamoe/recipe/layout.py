@@ -85,10 +85,7 @@ class Layout(Checked):
         return chunks
 
     def ranks_with_table(self, model: Model) -> tuple[int, ...]:
-        """Return the pipeline ranks that hold the embedding, in order: multi-token prediction too.
-
-        The output layer is another matrix, unless it is tied.
-        """
+        """Return the pipeline ranks with a copy of the embedding, in order: of E, m, and L where tied."""
         letters = set("EmL") if model.tied_embeddings else set("Em")
         chunks = self.chunks(model)
         assert chunks is not None, self

@@ -110,7 +110,7 @@ def _check_order(text: str, chunks: tuple[str, ...]) -> None:
 
 
 def _check_predictions(text: str, chunks: tuple[str, ...], pp: int) -> None:
-    """Check that multi-token prediction is whole, and no rank's second user of the embedding."""
+    """Check that multi-token prediction is whole, and gives no rank a second copy of the embedding."""
     places = [index for index, chunk in enumerate(chunks) if "m" in chunk]
     if len(places) > 1:
         raise FieldError(

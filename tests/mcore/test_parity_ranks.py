@@ -4,34 +4,35 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
 from megamoe import __main__ as command
+from megamoe.errors import LaunchError
 from megamoe.parity import ranks
 from megamoe.parity.layouts import parse_layouts
-from megamoe.parity.small import MICRO_BATCH, plan_of, small_recipe, with_text, write_text
-
-OWN = {"seconds", "memory_bytes"}  # of each process
+from megamoe.parity.small import MICRO_BATCH, plan_of, small_recipe
+from tests.mcore.test_resume_layouts import OWN, printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2xep2xetp2xall_gather", "cp2xring", "pp3xEtt|ttm|L"])
 def test_ranks_that_share_a_gpu_get_the_numbers_of_ranks_over_gloo(tmp_path, layout):
     """There is none here: processes of their own, and every message through copies, to the bit."""
-    recipe = small_recipe("k_exaone_236b_a23b")
-    shard = write_text(tmp_path / "text", "one", seed=1)
-    [grid] = parse_layouts(layout, MICRO_BATCH)
-    plan = with_text(plan_of(recipe, grid, seed=1), tmp_path / "text", (shard,))
-    shared = replace(plan, cluster=replace(plan.cluster, device="cuda"))
-    ours = ranks.train(shared, tmp_path / "shared")
-    theirs = ranks.train(plan, tmp_path / "gloo")
+    ours, theirs = printed("shared_gpu", tmp_path, "k_exaone_236b_a23b", layout)
     assert len(ours) == len(theirs) == 2
     for step, expected in zip(ours, theirs, strict=True):
         assert step["unequal_copies"] == []
         for name in expected.keys() - OWN:
             assert step[name] == expected[name], name
+
+
+def test_a_plan_for_a_processor_wants_no_gpu(tmp_path, monkeypatch):
+    [grid] = parse_layouts("dp2", MICRO_BATCH)
+    monkeypatch.setattr(ranks.cpu, "is_needed", lambda: False)
+    with pytest.raises(LaunchError, match="here is a GPU; hide it: CUDA_VISIBLE_DEVICES=''"):
+        ranks.train(plan_of(small_recipe("keural_14b"), grid, seed=0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gpu
@@ -55,9 +56,8 @@ def test_layouts_on_a_gpu_train_the_model_of_one_process(recipe, layouts, tmp_pa
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "which all processes share" in done.stderr
-    assert [row["is_equal"] for row in json.loads(file.read_text())] == [True] * len(
-        layouts.split(",")
-    )
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["is_equal"] for row in rows] == [True] * len(layouts.split(","))
 
 
 def test_a_rank_that_fails_is_named_with_its_error(tmp_path):
@@ -67,6 +67,11 @@ def test_a_rank_that_fails_is_named_with_its_error(tmp_path):
 
 def test_a_rank_that_was_killed_is_said_to_be(tmp_path):
     assert ranks._problem(tmp_path, -signal.SIGKILL) == "a rank was ended by signal 9"
+
+
+def test_a_rank_that_never_began_is_said_to_be(tmp_path):
+    said = "a rank ended with status 1 before it began; see what it printed above"
+    assert ranks._problem(tmp_path, 1) == said
 
 
 def test_a_folder_for_the_numbers_must_be_there_before_anything_starts(tmp_path, capsys):

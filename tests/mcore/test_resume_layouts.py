@@ -58,7 +58,8 @@ def test_a_checkpoint_of_one_pipeline_is_loaded_by_another_bit_for_bit(recipe, l
 
 def printed(program: str, *arguments: object) -> Any:
     """Run a program of this folder; return what it prints."""
-    command = [sys.executable, "-W", "ignore", "-m", f"tests.mcore.{program}", *arguments]
+    on_the_processor = ("env", "CUDA_VISIBLE_DEVICES=", sys.executable, "-W", "ignore")
+    command = [*on_the_processor, "-m", f"tests.mcore.{program}", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3_000:]
     return json.loads(done.stdout)
