@@ -8,11 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from megamoe.parity.layouts import DEFAULT
+from megamoe.parity.layouts import DEFAULT, Grid, parse_layouts
 from megamoe.parity.small import small_recipe
 from megamoe.recipe.load import load_recipe, recipe_names
 
@@ -32,7 +33,8 @@ SAME = {"vaetki_100b_a10b": "vaetki_20b_a2b"}
 FAST = {
     "vaetki_7b_a1b": "dp2,pp2,cp4xring,tp2xcp2xep2",
     "vaetki_20b_a2b": "tp2,cp2xep2",
-    "k_exaone_236b_a23b": "ep2xpp2,dp2xpp2xep2,cp2xring,pp3xE|ttt|tmL,pp3xEtt|ttm|L",
+    "k_exaone_236b_a23b": "ep2xpp2,dp2xpp2xep2,cp2xring,pp3xE|ttt|tmL,pp3xEtt|ttm|L,"
+    "tp2xpp2xvpp2xcp2xep2xetp2xheads",
     "keural_14b": "tp2xcp2,pp3xE|tttt|L,ep2xall_gather",
     "ax_k1_519b_a33b": "tp2xep2xetp2,pp2xvpp2xEt|t|tt|mL",
 }
@@ -44,13 +46,16 @@ ALL = ",".join(layout for layout in DEFAULT.split(",") if layout != EIGHT) + f",
 # experts, and what chunks of a pipeline hold: embedding, multi-token prediction and output layer alone,
 # uneven layers, no decoder layer.
 MORE = {
-    "vaetki_7b_a1b": f"{EIGHT},cp2xring,tp2xcp2xheads,pp3xE|tttt|L,pp2xvpp2xEt|tt|t|L",
-    "k_exaone_236b_a23b": f"{EIGHT},tp4,cp2xheads,cp2xring,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8,"
-    "tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather,"
-    "pp3xEt|ttt|mL,pp2xvpp2xE|tt|tt|mL,tp2xpp2xcp2xE|ttttmL,"
+    "vaetki_7b_a1b": f"{EIGHT},{FIVE}xheads,cp2xring,tp2xcp2xheads,dp2xtp2xpp2xvpp2xcp2xep2xring,"
+    "pp3xE|tttt|L,pp2xvpp2xEt|tt|t|L",
+    "vaetki_20b_a2b": "cp2xheads,tp2xcp2xring,tp2xpp2xcp2xetp2xall_gatherxheadsxEtt|ttL",
+    "k_exaone_236b_a23b": f"{EIGHT},tp4,tp4xcp2xring,cp2xheads,cp2xring,tp2xetp2,tp2xep2xetp2,tp2xcp2xep8,"
+    "tp2xcp2xetp2,tp2xep2xetp2xall_gather,dp2xpp2xep2xall_gather,tp2xpp2xvpp2xcp2xep2xetp2xheads,"
+    "pp3xEt|ttt|mL,pp2xvpp2xE|tt|tt|mL,tp2xpp2xcp2xE|ttttmL,tp2xpp2xcp2xetp2xringxEtt|ttmL,"
     "pp2xEttttm|L,pp4xE|tttt|m|L,tp2xpp3xcp2xEtt|ttm|L",
-    "keural_14b": "pp3xEt|ttt|L,pp2xvpp2xE|tt|tt|L",
-    "ax_k1_519b_a33b": "cp4xring,pp3xE|tttt|mL,dp2xpp3xep2xE|ttt|tmL,dp2xpp3xep2xE|ttttm|L",
+    "keural_14b": "pp3xEt|ttt|L,pp2xvpp2xE|tt|tt|L,dp2xpp2xvpp2xep2,cp2xheads",
+    "ax_k1_519b_a33b": "cp4xring,dp2xpp2xcp2xring,dp2xcp2xep2xheads,pp2xcp2xep2xheads,cp2xep2xringxall_gather,"
+    "pp2xvpp2xcp2xep2xgatherxall_gather,pp3xE|tttt|mL,dp2xpp3xep2xE|ttt|tmL,dp2xpp3xep2xE|ttttm|L",
 }
 FULL = {
     name: f"{ALL},{MORE[name]}" if name in MORE else ALL
@@ -60,7 +65,7 @@ FULL = {
 # With documents apart: what ranks know of them must be the same on all axes.
 PACKED = {"k_exaone_236b_a23b": "pp2xcp2"}
 PACKED_FULL = {
-    "k_exaone_236b_a23b": "tp2,pp2xvpp2,cp4,cp2xheads,cp2xring,pp3xcp2xEtt|ttm|L",
+    "k_exaone_236b_a23b": "tp2,tp4,pp2xvpp2,cp4,cp2xheads,cp2xring,pp3xcp2xEtt|ttm|L",
     "vaetki_7b_a1b": "cp4,cp2xheads,tp2xpp2xcp2xep2",
     "ax_k1_519b_a33b": "tp2xcp2xep2",
     "keural_14b": "cp2",
@@ -95,7 +100,9 @@ def rows(tmp_path_factory):
         options = ("--layouts", layouts, "--dtype", dtype, "--json", str(file), *others)
         done = parity(folder, name, *options)
         assert file.exists(), done.stderr
-        found = {row["layout"]: row for row in json.loads(file.read_text())}
+        record = json.loads(file.read_text())
+        assert record["device"] == "CPU"
+        found = {row["layout"]: row for row in record["rows"]}
         assert done.returncode == (0 if all(row["is_equal"] for row in found.values()) else 1)
         return found
 
@@ -124,6 +131,38 @@ def test_a_recipe_that_is_not_compared_is_one_that_is_but_for_its_name(name, oth
     assert replace(compared, **said) == ours
     assert other in FAST
     assert other in FULL
+
+
+def features(grid: Grid) -> set[str]:
+    """Return the axes above one of a layout, and what else of it makes ranks talk."""
+    layout = grid.layout
+    found = {axis for axis in ("tp", "pp", "vpp", "cp", "ep", "etp") if getattr(layout, axis) > 1}
+    if grid.world_size > layout.tp * layout.pp * layout.cp:
+        found.add("dp")
+    if layout.cp > 1:
+        found.add("gather" if layout.cp_scheme == "auto" else layout.cp_scheme)
+    if layout.dispatcher != "all_to_all":
+        found.add(layout.dispatcher)
+    if layout.pipeline != "even":
+        found.add("written")
+    return found
+
+
+def test_every_axis_and_scheme_is_compared_together_with_every_other():
+    """Two that are right alone may not be together."""
+    together = [
+        features(grid)
+        for layouts in FULL.values()
+        for grid in parse_layouts(layouts, micro_batch=2)
+    ]
+    schemes, others = {"heads", "ring", "gather"}, {"all_gather", "written"}
+    every = {"tp", "pp", "vpp", "cp", "ep", "etp", "dp"} | schemes | others
+    missing = [
+        pair
+        for pair in combinations(sorted(every), 2)
+        if not set(pair) <= schemes and not any(set(pair) <= found for found in together)
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize(("name", "layout"), cases(FAST))
