@@ -11,7 +11,6 @@ from megamoe.nn import context_ring_kernels
 from megamoe.nn.context_cost import Cost, Extent, Machine, choose, explain, machine_of
 from megamoe.nn.context_heads import AttentionLayer, GroupedHeads, LatentHeads
 from megamoe.nn.context_parallel import Scheme
-from megamoe.nn.context_ring_kernels import StepCase
 from megamoe.plan.plan import Plan, Segment
 from megamoe.recipe import MLA, Model
 
@@ -112,12 +111,10 @@ def _has_ring_kernel(plan: Plan, segment: Segment) -> bool:
     if segment.layout.cp == 1 or (device == "cuda" and not torch.cuda.is_available()):
         return True
     heads = attention_layer(plan.model, segment.layout.tp, has_window=False).heads
-    case = StepCase(
-        device=torch.device(device),
-        dtype=parameter_dtype(segment),
-        key_dim=heads.key_dim,
-        value_dim=heads.value_dim,
+    case = context_ring_kernels.case_of(
+        heads,
+        torch.device(device),
+        parameter_dtype(segment),
         has_documents=segment.document_mask,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return context_ring_kernels.choose(case) is not None

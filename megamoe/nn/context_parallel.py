@@ -37,7 +37,6 @@ from megamoe.nn.attention_documents import of_each_tensor
 from megamoe.nn.context_group import ContextGroup, Posted, check_starts
 from megamoe.nn.context_heads import AttentionLayer, LatentHeads, can_share_heads
 from megamoe.nn.context_ring import Ring, ring_attention
-from megamoe.nn.context_ring_kernels import StepCase
 from megamoe.nn.context_transfers import (
     Chunks,
     FromHeads,
@@ -198,21 +197,13 @@ def _finish_ring(
     queries = Posted(cp, ToZigzag(), q_LBND)
     rows = begun.posted.wait()
     chunks = Chunks(cp=cp.size, shard_len=len(q_LBND))
-    kernel = context_ring_kernels.choose(_step_of(begun, q_LBND, starts_SB))
+    case = context_ring_kernels.case_of(
+        begun.layer.heads, q_LBND.device, q_LBND.dtype, has_documents=starts_SB is not None
+    )
+    kernel = context_ring_kernels.choose(case)
     ring = Ring(cp, begun.layer, chunks, starts_SB, kernel)
     mixed = ring_attention(ring, queries.wait(), rows, up_weight)
     return Posted(cp, FromZigzag(), mixed).wait()
-
-
-def _step_of(begun: Begun, q_LBND: Tensor, starts_SB: Tensor | None) -> StepCase:
-    return StepCase(
-        device=q_LBND.device,
-        dtype=q_LBND.dtype,
-        key_dim=q_LBND.shape[-1],
-        value_dim=begun.layer.heads.value_dim,
-        has_documents=starts_SB is not None,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
 
 
 def _attend(

@@ -15,6 +15,7 @@ from torch import Tensor
 from megamoe.nn import context_ring_packages as packages
 from megamoe.nn.attention_gpu import agree, dense
 from megamoe.nn.attention_packages import widened
+from megamoe.nn.context_heads import GroupedHeads, LatentHeads
 from megamoe.nn.context_ring_step import Result, Step, StepKernel, Tensors, merge_into, narrowed
 
 _CHUNK, _EARLIER = 80, 56  # queries of the example, and keys before theirs
@@ -30,6 +31,24 @@ class StepCase:
     value_dim: int
     has_documents: bool  # which cut steps
     deterministic: bool
+
+
+def case_of(
+    heads: LatentHeads | GroupedHeads,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    has_documents: bool,
+) -> StepCase:
+    """Return the case of a layer's steps, as torch is set now."""
+    return StepCase(
+        device=device,
+        dtype=dtype,
+        key_dim=heads.key_dim,
+        value_dim=heads.value_dim,
+        has_documents=has_documents,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 @cache
